@@ -1,0 +1,104 @@
+"""The command line: global options, the verbs (one file each, loaded when called), and exit codes.
+
+Exit codes: 0 clean, 1 a bug of ours (with a traceback), 2 usage or configuration, 3 an operator is needed, 4 a check
+failed. A failure is one line on standard error that names the thing and how to mend it.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final, cast
+
+import click
+
+from cdc_outbox import __version__
+from cdc_outbox.config import Config, load_config
+from cdc_outbox.errors import CdcOutboxError
+from cdc_outbox.service import logs
+
+_VERBS: Final = {
+    "migrate": "Install the outbox table, the publication, the relay's schema and the slot.",
+    "run": "Relay: tail the log, publish, confirm. Reconnects by itself.",
+    "tail": "Print events as they commit; confirms nothing on the real slot.",
+    "status": "Show slot, lag, readiness and last errors.",
+    "config": "Show the configuration that is in force.",
+    "demo": "Show it all on this machine: PostgreSQL, Kafka, a writer, the relay, a verdict.",
+}
+
+
+@dataclass
+class Settings:
+    """What the global options say; the configuration is read when a verb asks for it."""
+
+    config_path: Path | None
+    log_format: logs.LogFormat
+    log_level: str
+
+    @cached_property
+    def config(self) -> Config:
+        return load_config(self.config_path)
+
+
+class _Verbs(click.Group):
+    """Loads a verb's module when it is called: `run` starts without what only `demo` needs."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002
+        return list(_VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in _VERBS:
+            return None
+        return cast("click.Command", import_module(f"cdc_outbox.cli.{cmd_name}").command)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_VERBS.items()))
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CdcOutboxError as error:
+            _say(ctx, error)
+            ctx.exit(error.exit_code)
+
+
+def _say(ctx: click.Context, error: CdcOutboxError) -> None:
+    if ctx.params["log_format"] == "json":
+        logs.get_logger().error("failed", error=error.message, hint=error.hint, exit_code=error.exit_code)
+    else:
+        hint = f" -- {error.hint}" if error.hint else ""
+        click.echo(f"error: {error.message}{hint}", err=True)
+
+
+@click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="cdc-outbox")
+@click.option(
+    "--config",
+    "config_path",
+    type=click.Path(dir_okay=False, path_type=Path),
+    envvar="CDC_OUTBOX_CONFIG",
+    help="TOML file; default ./cdc-outbox.toml if it is there.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["console", "json"]),
+    default="console",
+    envvar="CDC_OUTBOX_LOG_FORMAT",
+    show_default=True,
+)
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"], case_sensitive=False),
+    default="info",
+    envvar="CDC_OUTBOX_LOG_LEVEL",
+    show_default=True,
+)
+@click.pass_context
+def main(ctx: click.Context, config_path: Path | None, log_format: logs.LogFormat, log_level: str) -> None:
+    """Carry committed outbox rows from PostgreSQL's write-ahead log to Kafka: all of them, in order.
+
+    Every key of the configuration can be set as CDC_OUTBOX_<SECTION>__<KEY>.
+    """
+    logs.configure(log_format, log_level)
+    ctx.obj = Settings(config_path, log_format, log_level)

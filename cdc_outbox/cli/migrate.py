@@ -1,0 +1,69 @@
+"""`cdc-outbox migrate up|status|sql`: installs sql/, then publication and slot."""
+
+import click
+import orjson
+from rich.console import Console
+from rich.table import Table
+
+from cdc_outbox.cli.main import Settings
+from cdc_outbox.config import Config
+from cdc_outbox.postgres import migrations
+from cdc_outbox.postgres.connection import Connection, connect
+
+_failover = click.option("--failover", is_flag=True, help="Make a slot that standbys take over (PostgreSQL 17+).")
+
+
+@click.group()
+def command() -> None:
+    """Install the outbox table, the publication, the relay's schema and the slot."""
+
+
+@command.command()
+@_failover
+@click.pass_obj
+def up(settings: Settings, *, failover: bool) -> None:
+    """Apply what is missing. Safe to run again, and from several places at once."""
+    with _connection(settings.config) as connection:
+        steps: list[str] = []
+
+        def report(step: str) -> None:
+            steps.append(step)
+            click.echo(step)
+
+        migrations.up(connection, _target(settings.config), failover=failover, report=report)
+        if not steps:
+            click.echo("nothing to do")
+
+
+@command.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def status(settings: Settings, *, as_json: bool) -> None:
+    """Show which migrations this database has."""
+    with _connection(settings.config) as connection:
+        states = migrations.status(connection, _target(settings.config))
+    if as_json:
+        click.echo(orjson.dumps(states))
+        return
+    table = Table("migration", "state", "applied")
+    for stand in states:
+        table.add_row(stand.name, stand.state, f"{stand.applied_at:%Y-%m-%d %H:%M}" if stand.applied_at else "")
+    Console().print(table)
+
+
+@command.command()
+@_failover
+@click.pass_obj
+def sql(settings: Settings, *, failover: bool) -> None:
+    """Print what `up` would run, as a script for psql."""
+    with _connection(settings.config) as connection:
+        for step in migrations.plan(connection, _target(settings.config), failover=failover):
+            click.echo(f"-- {step.title}\n{step.script}\n")
+
+
+def _connection(config: Config) -> Connection:
+    return connect(config.postgres.dsn.get_secret_value())
+
+
+def _target(config: Config) -> migrations.Target:
+    return migrations.Target(config.outbox.table, config.postgres.publication, config.postgres.slot)

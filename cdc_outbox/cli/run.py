@@ -1,0 +1,17 @@
+"""`cdc-outbox run`: the service."""
+
+import click
+
+from cdc_outbox.cli.main import Settings
+from cdc_outbox.service.supervisor import Supervisor
+
+
+@click.command()
+@click.pass_obj
+def command(settings: Settings) -> None:
+    """Relay: tail the log, publish, confirm.
+
+    Reconnects by itself and stands by while another relay has the slot. SIGTERM or SIGINT: publish what was read,
+    confirm it, exit 0; a second signal ends at once.
+    """
+    Supervisor(settings.config).run()

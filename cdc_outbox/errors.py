@@ -1,0 +1,74 @@
+"""The one tree of errors, split by *what to do about it*.
+
+A message names the thing (slot, relation, LSN, topic, key of the configuration), never a payload or a password;
+the hint says how to mend it. The edges translate library exceptions into these with ``raise ... from``;
+``service.supervisor`` alone decides what is tried again; ``cli`` alone turns them into exit codes.
+
+    CdcOutboxError
+    ├── ConfigurationError      mend the configuration or the command line     exit 2
+    ├── UnavailableError        try again with backoff; `run` never exits on it
+    │   ├── SourceUnavailable   PostgreSQL
+    │   └── BrokerUnavailable   Kafka
+    ├── SlotInUse               another relay leads: stand by
+    ├── OperatorNeeded          nothing the relay can do by itself             exit 3
+    │   ├── MalformedStream     bytes that are wrong or not supported
+    │   └── PoisonEvent         an event that can never be published
+    ├── CheckFailed             `doctor`, `demo`: the check ran and said no    exit 4
+    └── BrokenInvariant         a bug of ours                                  exit 1
+"""
+
+from typing import ClassVar
+
+
+class CdcOutboxError(Exception):
+    """Base of all: one line of what is wrong, and optionally one of how to mend it."""
+
+    exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class ConfigurationError(CdcOutboxError):
+    exit_code = 2
+
+
+class UnavailableError(CdcOutboxError):
+    """Exits with 3 only from one-shot verbs, which do not retry."""
+
+    exit_code = 3
+    side: ClassVar[str]
+
+
+class SourceUnavailable(UnavailableError):
+    side = "postgres"
+
+
+class BrokerUnavailable(UnavailableError):
+    side = "kafka"
+
+
+class SlotInUse(CdcOutboxError):
+    exit_code = 3
+
+
+class OperatorNeeded(CdcOutboxError):
+    exit_code = 3
+
+
+class MalformedStream(OperatorNeeded):
+    """The server sent what the protocol does not allow, or what this relay does not support."""
+
+
+class PoisonEvent(OperatorNeeded):
+    """An event that no retry will ever publish."""
+
+
+class CheckFailed(CdcOutboxError):
+    exit_code = 4
+
+
+class BrokenInvariant(CdcOutboxError):
+    exit_code = 1

@@ -1,0 +1,118 @@
+"""Connecting to PostgreSQL, and telling from its refusals whether waiting helps or an operator is needed.
+
+Source: PostgreSQL manual, "Appendix A. Error Codes"; libpq reports no SQLSTATE for a failed connection attempt, so
+those are told apart by the server's English wording, and what is not recognised is tried again.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Final
+
+import psycopg
+from psycopg import conninfo
+
+from cdc_outbox.errors import CdcOutboxError, ConfigurationError, OperatorNeeded, SlotInUse, SourceUnavailable
+
+Connection = psycopg.Connection[tuple[Any, ...]]
+
+#: What the DSN may say otherwise. Dead peers are noticed by TCP within about 30 s; of several hosts the primary is
+#: taken, because the slot lives there.
+_DEFAULTS: Final[dict[str, str | int]] = {
+    "target_session_attrs": "primary",
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 4,
+    "tcp_user_timeout": 30_000,
+}
+
+#: Wordings of a refusal that no waiting will change, each with what mends it.
+_REFUSALS: Final = (
+    ("password authentication failed", "check the user and password in postgres.dsn, or PGPASSFILE"),
+    ("no password supplied", "put a password into postgres.dsn, or use PGPASSFILE"),
+    ("authentication failed", "check the user and credentials in postgres.dsn"),
+    ("no pg_hba.conf entry", "allow this host, user and database in pg_hba.conf"),
+    ("pg_hba.conf rejects", "allow this host, user and database in pg_hba.conf"),
+    ("is not permitted to log in", "ALTER ROLE ... LOGIN"),
+    ("permission denied to start WAL sender", "ALTER ROLE ... REPLICATION"),
+    ("must be superuser or replication role", "ALTER ROLE ... REPLICATION"),
+    ("does not exist", "check the database and user in postgres.dsn"),
+    ("does not support SSL", "enable TLS on the server, or change sslmode in postgres.dsn"),
+    ("certificate", "check sslmode, sslrootcert, sslcert and sslkey in postgres.dsn"),
+)
+
+_IN_USE: Final = "55006"
+_NEEDS_OPERATOR: Final = {
+    "42501": "grant the role what it lacks, or let an administrator run this",
+    "42704": "run: cdc-outbox migrate up",
+    "42P01": "run: cdc-outbox migrate up",
+    "3F000": "run: cdc-outbox migrate up",
+    "55000": "look at pg_replication_slots (wal_status, invalidation_reason); a lost slot must be made anew",
+    "53400": "raise max_replication_slots on the server",
+}
+
+
+def connect(dsn: str, *, application_name: str = "cdc-outbox", **parameters: str) -> Connection:
+    """An autocommit connection; ``parameters`` are libpq's.
+
+    Raises ConfigurationError for a DSN that cannot be read, SourceUnavailable, OperatorNeeded.
+    """
+    complete = connection_parameters(dsn, application_name=application_name, **parameters)
+    try:
+        # A replication connection speaks only the simple query protocol, which is what a ClientCursor uses.
+        return psycopg.connect(complete, autocommit=True, cursor_factory=psycopg.ClientCursor)
+    except psycopg.OperationalError as error:
+        raise _explain_refusal(error) from error
+
+
+def connection_parameters(dsn: str, *, application_name: str, **parameters: str) -> str:
+    """``dsn`` with what it leaves open filled in, as a conninfo string. Raises ConfigurationError."""
+    given = parse_dsn(dsn)
+    defaults = {"fallback_application_name": application_name, **_DEFAULTS}
+    missing = {key: value for key, value in defaults.items() if key not in given}
+    return conninfo.make_conninfo(dsn, client_encoding="UTF8", **missing, **parameters)
+
+
+def parse_dsn(dsn: str) -> dict[str, Any]:
+    """Raises ConfigurationError, without repeating the DSN: it may hold a password."""
+    try:
+        return conninfo.conninfo_to_dict(dsn)
+    except psycopg.ProgrammingError as error:
+        raise ConfigurationError(
+            "postgres.dsn is not a connection string",
+            hint="e.g. postgresql://user@host:5432/database, or host=... dbname=... user=...",
+        ) from error
+
+
+@contextmanager
+def translated(what: str) -> Iterator[None]:
+    """Turn what psycopg raises inside into the tree of errors.py; ``what`` says what was being done."""
+    try:
+        yield
+    except psycopg.Error as error:
+        raise explain(error, what) from error
+
+
+def explain(error: psycopg.Error, what: str) -> CdcOutboxError:
+    """What is to be done about an error of a connection that had been established."""
+    state = error.sqlstate
+    reason = f"{what}: {first_line(error.diag.message_primary or str(error))}"
+    if state == _IN_USE:
+        return SlotInUse(reason)
+    if state in _NEEDS_OPERATOR:
+        return OperatorNeeded(reason, hint=_NEEDS_OPERATOR[state])
+    if state is None or state[:2] in ("08", "57", "53", "40", "58", "XX"):
+        return SourceUnavailable(reason)
+    return OperatorNeeded(f"{reason} (SQLSTATE {state})")
+
+
+def first_line(text: str) -> str:
+    return text.strip().partition("\n")[0].strip()
+
+
+def _explain_refusal(error: psycopg.OperationalError) -> CdcOutboxError:
+    text = " ".join(str(error).split())
+    for wording, hint in _REFUSALS:
+        if wording in text:
+            return OperatorNeeded(f"PostgreSQL refuses us: {text}", hint=hint)
+    return SourceUnavailable(f"PostgreSQL cannot be reached: {text}")

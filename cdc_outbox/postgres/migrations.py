@@ -1,0 +1,176 @@
+"""Migrations: installs the files of sql/ in their order, then publication and slot as this configuration names them.
+
+The files are plain SQL that a DBA can run with psql; nothing is substituted in them. A file may begin with
+``-- cdc-outbox: only if KEY = VALUE and ...`` and is then passed over when this configuration differs, because then
+the application brings that table or publication itself.
+"""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.resources import files
+from pathlib import Path
+from typing import Final, Literal
+
+import psycopg
+from psycopg import sql
+
+from cdc_outbox.errors import OperatorNeeded
+from cdc_outbox.postgres.catalog import check_publication, check_slot, create_slot_sql, find_slot, find_table
+from cdc_outbox.postgres.connection import Connection, translated
+
+#: Any number, as long as every cdc-outbox uses the same one: 'cdcob' in ASCII.
+_ADVISORY_LOCK: Final = 0x6364636F62
+_PUBLICATION_FILE: Final = "0003_publication.sql"
+_CONDITION: Final = re.compile(r"-- cdc-outbox: only if (.+)")
+
+State = Literal["applied", "pending", "changed", "not needed"]
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What the configuration says that matters here."""
+
+    table: str
+    publication: str
+    slot: str
+
+    def settings(self) -> Mapping[str, str]:
+        return {"outbox.table": self.table, "postgres.publication": self.publication, "postgres.slot": self.slot}
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    name: str
+    text: str
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.text.encode()).hexdigest()
+
+    def applies_to(self, target: Target) -> bool:
+        condition = _CONDITION.match(self.text)
+        if condition is None:
+            return True
+        wanted = (pair.split(" = ") for pair in condition[1].split(" and "))
+        return all(target.settings()[key] == value for key, value in wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    name: str
+    state: State
+    applied_at: datetime | None = None
+
+
+def load_migrations() -> list[Migration]:
+    """The files of sql/ in order: inside the package when installed, beside it in a checkout."""
+    folder = Path(str(files("cdc_outbox"))) / "sql"
+    if not folder.is_dir():
+        folder = folder.parent.parent / "sql"
+    return [Migration(path.name, path.read_text(encoding="utf-8")) for path in sorted(folder.glob("[0-9]*.sql"))]
+
+
+def status(connection: Connection, target: Target) -> list[Status]:
+    """How each file stands in this database."""
+    applied = _applied(connection)
+    return [_status_of(migration, applied.get(migration.name), target) for migration in load_migrations()]
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing `up` does: a title for people, a script for psql."""
+
+    title: str
+    script: str
+
+
+def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step]:
+    """What is missing, in the order that matters: files, then the publication, then the slot.
+
+    Raises OperatorNeeded if a file was changed after it was applied, or what is there does not fit together;
+    ConfigurationError if failover slots are asked of a server that has none.
+    """
+    steps = []
+    for migration, stand in zip(load_migrations(), status(connection, target), strict=True):
+        if stand.state == "changed":
+            raise OperatorNeeded(
+                f"migration {stand.name} was changed after it was applied on {stand.applied_at:%Y-%m-%d}",
+                hint="restore the file; a new change belongs into a new file",
+            )
+        if stand.state == "pending":
+            steps.append(Step(f"apply {migration.name}", _script(connection, migration)))
+    slot = find_slot(connection, target.slot)
+    with translated("looking up the publication"):
+        published = connection.execute("SELECT FROM pg_publication WHERE pubname = %s", [target.publication]).rowcount
+    if not published:
+        if slot is not None:
+            raise OperatorNeeded(
+                f"slot {target.slot!r} is older than publication {target.publication!r}, which does not exist",
+                hint="a publication made now would not serve that slot; drop the slot, then run this again",
+            )
+        if not any(_PUBLICATION_FILE in step.title for step in steps):
+            table = find_table(connection, target.table)
+            create = sql.SQL("CREATE PUBLICATION {} FOR TABLE {} WITH (publish = 'insert', publish_via_partition_root);")
+            script = create.format(sql.Identifier(target.publication), sql.Identifier(table.namespace, table.name))
+            steps.append(Step(f"create publication {target.publication}", script.as_string(connection)))
+    if slot is None:
+        steps.append(
+            Step(
+                f"create slot {target.slot} (waits for open transactions to end)",
+                create_slot_sql(connection, target.slot, failover=failover),
+            )
+        )
+    return steps
+
+
+def up(connection: Connection, target: Target, *, failover: bool, report: Report) -> None:
+    """Carry out the plan and check the result. Idempotent; concurrent calls wait for each other.
+
+    Raises OperatorNeeded; ConfigurationError as ``plan`` does.
+    """
+    with _advisory_lock(connection):
+        for step in plan(connection, target, failover=failover):
+            report(step.title)
+            with translated(step.title):
+                connection.execute(step.script.encode())
+        check_slot(connection, target.slot)
+        for waste in check_publication(connection, target.publication, find_table(connection, target.table)):
+            report(waste)
+
+
+def _script(connection: Connection, migration: Migration) -> str:
+    record = sql.SQL("INSERT INTO cdc_outbox.schema_migration (name, sha256) VALUES ({}, {})").format(
+        migration.name, migration.sha256
+    )
+    return f"BEGIN;\n\n{migration.text}\n{record.as_string(connection)};\n\nCOMMIT;"
+
+
+def _status_of(migration: Migration, applied: tuple[str, datetime] | None, target: Target) -> Status:
+    if applied is None:
+        return Status(migration.name, "pending" if migration.applies_to(target) else "not needed")
+    sha256, applied_at = applied
+    return Status(migration.name, "applied" if sha256 == migration.sha256 else "changed", applied_at)
+
+
+def _applied(connection: Connection) -> dict[str, tuple[str, datetime]]:
+    with translated("reading cdc_outbox.schema_migration"):
+        if connection.execute("SELECT to_regclass('cdc_outbox.schema_migration')").fetchone() == (None,):
+            return {}
+        rows = connection.execute("SELECT name, sha256, applied_at FROM cdc_outbox.schema_migration").fetchall()
+    return {name: (sha256, applied_at) for name, sha256, applied_at in rows}
+
+
+@contextmanager
+def _advisory_lock(connection: Connection) -> Iterator[None]:
+    with translated("waiting for another migration to end"):
+        connection.execute("SELECT pg_advisory_lock(%s)", [_ADVISORY_LOCK])
+    try:
+        yield
+    finally:
+        with suppress(psycopg.Error):  # after a failure the transaction is broken; closing the connection unlocks too
+            connection.execute("SELECT pg_advisory_unlock(%s)", [_ADVISORY_LOCK])

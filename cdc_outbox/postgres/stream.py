@@ -1,0 +1,138 @@
+"""The replication stream: START_REPLICATION over psycopg's libpq wrapper, frames in, status updates out.
+
+It moves bytes; it does not decode them and does not decide what is confirmed.
+Never the blocking form of get_copy_data: it holds the GIL for as long as it waits (facts.md, section 1).
+Source: PostgreSQL manual, "Streaming Replication Protocol"; libpq, "Functions Associated with the COPY Command".
+"""
+
+import re
+import select
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Final
+
+import psycopg
+from psycopg import pq, sql
+from psycopg.errors import lookup as error_class
+
+from cdc_outbox.errors import CdcOutboxError, ConfigurationError, SourceUnavailable
+from cdc_outbox.postgres.connection import Connection, connect, explain, first_line, translated
+from cdc_outbox.postgres.frames import standby_status_update
+from cdc_outbox.postgres.lsn import LSN
+
+#: Text output must not depend on the server's settings (PostgreSQL's own apply worker does the same). The timeout
+#: bounds how long a frozen relay keeps a standby waiting. The last statement makes libpq's buffer 1 MB large, once:
+#: a read then fetches up to 4,500 messages over TCP instead of 37.
+_SESSION: Final = b"""
+SET datestyle = 'ISO'; SET intervalstyle = 'postgres'; SET extra_float_digits = 3; SET timezone = 'UTC';
+SET bytea_output = 'hex'; SET wal_sender_timeout = '10s'; SELECT repeat(' ', 1048576)
+"""
+
+_SLOT_NAME: Final = re.compile(r"[a-z0-9_]{1,63}")
+
+
+class ReplicationStream:
+    """One replication connection. Usable for plain (simple-protocol) SQL until ``start``.
+
+    Raises ConfigurationError, SourceUnavailable, OperatorNeeded.
+    """
+
+    def __init__(self, dsn: str) -> None:
+        self.connection: Connection = connect(dsn, replication="database")
+        self._pgconn = self.connection.pgconn
+        with translated("preparing the replication session"):
+            self.connection.execute(_SESSION)
+        self._poller = select.poll()
+        self._poller.register(self._pgconn.socket, select.POLLIN)
+        #: monotonic seconds at which the server was last heard
+        self.heard_at = time.monotonic()
+
+    def create_temporary_slot(self, slot: str) -> None:
+        """A slot that begins now and vanishes with this connection. Raises OperatorNeeded."""
+        command = sql.SQL("CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput NOEXPORT_SNAPSHOT")
+        with translated("creating a temporary slot"):
+            self.connection.execute(command.format(sql.Identifier(check_slot_name(slot))))
+
+    def start(self, slot: str, publication: str) -> None:
+        """Raises SlotInUse while another receiver has the slot, OperatorNeeded if it is missing or lost."""
+        names = sql.Literal(sql.Identifier(publication).as_string())
+        command = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 (proto_version '1', publication_names {})")
+        text = command.format(sql.Identifier(check_slot_name(slot)), names).as_bytes(self.connection)
+        result = self._pgconn.exec_(text)
+        if result.status != pq.ExecStatus.COPY_BOTH:
+            raise self._explain(result, f"replication slot {slot!r} cannot be read")
+        self._pgconn.nonblocking = 1
+        self.heard_at = time.monotonic()
+
+    def frames(self) -> Iterator[bytes]:
+        """The frames that are complete in libpq's buffer. Raises SourceUnavailable when the stream has ended."""
+        get_copy_data = self._pgconn.get_copy_data
+        try:
+            while True:
+                size, data = get_copy_data(1)
+                if size <= 0:
+                    break
+                yield data.tobytes()
+        except psycopg.Error as error:
+            raise explain(error, "the replication stream broke") from error
+        if size < 0:
+            raise self._ended()
+
+    def receive(self) -> bool:
+        """Take in what the socket has; True if it had something."""
+        if not self._poller.poll(0):
+            return False
+        with translated("the replication stream broke"):
+            self._pgconn.consume_input()
+        self.heard_at = time.monotonic()
+        return True
+
+    def wait(self, timeout_seconds: float) -> None:
+        """Sleep until the socket has something (or a watched descriptor has), at most ``timeout_seconds``."""
+        self._poller.poll(timeout_seconds * 1000)
+
+    def watch(self, descriptor: int) -> None:
+        """Let ``wait`` wake up for another file descriptor too."""
+        self._poller.register(descriptor, select.POLLIN)
+
+    def send_status(self, confirmed: LSN, *, request_reply: bool = False) -> None:
+        update = standby_status_update(confirmed, unix_seconds=time.time(), request_reply=request_reply)
+        with translated("the replication stream broke"):
+            self._pgconn.put_copy_data(update)
+            # What does not fit into the socket now goes out with the next one.
+            self._pgconn.flush()
+
+    def close(self) -> None:
+        """End the copy properly, so that the slot is free when this returns; best effort, it may be broken already."""
+        with suppress(psycopg.Error, OSError):
+            if self._pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
+                self._pgconn.nonblocking = 0
+                self._pgconn.put_copy_end()
+                self._pgconn.flush()
+        self.connection.close()
+
+    def _ended(self) -> CdcOutboxError:
+        result = self._pgconn.get_result()
+        if result is None or result.status in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.COPY_IN):
+            return SourceUnavailable("the server ended the replication stream")
+        return self._explain(result, "the server ended the replication stream")
+
+    def _explain(self, result: pq.abc.PGresult, what: str) -> CdcOutboxError:
+        state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
+        message = first_line(result.get_error_message())
+        try:
+            error = error_class(state)(message)
+        except KeyError:
+            error = psycopg.OperationalError(message)
+        return explain(error, what)
+
+
+def check_slot_name(slot: str) -> str:
+    """Raises ConfigurationError unless PostgreSQL would take ``slot`` as a slot's name."""
+    if not _SLOT_NAME.fullmatch(slot):
+        raise ConfigurationError(
+            f"postgres.slot = {slot!r} is not a slot name",
+            hint="use lower-case letters, digits and underscores, at most 63",
+        )
+    return slot

@@ -1,0 +1,149 @@
+"""The pipeline: one frame after another from the stream, through the router, to the publisher, counted by the watermark.
+
+Pure: it is handed frames and hands on records. When to read, wait, poll or confirm is `service.session`'s business.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Final, Protocol
+
+from cdc_outbox.errors import CdcOutboxError, MalformedStream, PoisonEvent
+from cdc_outbox.postgres import pgoutput
+from cdc_outbox.postgres.frames import MESSAGE_START, read_keepalive
+from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.relay.router import Router, RowPlan
+from cdc_outbox.relay.watermark import Watermark
+
+#: A batch is closed at the first transaction end at which it has this many events (or when the input runs dry).
+#: Small enough that little is resent after a crash, large enough that its cost vanishes.
+BATCH_EVENTS: Final = 500
+
+
+class Publisher(Protocol):
+    """What the pipeline needs of Kafka.
+
+    ``publish`` has the shape of confluent_kafka.Producer.produce, so that nothing stands between the two: topic, value,
+    key, partition (-1: by key), delivery callback, None, timestamp in Unix ms, headers. It raises BufferError when as
+    much is in flight as may be, and ``refusal`` when the client will not take the event at all.
+    """
+
+    @property
+    def publish(self) -> Callable[..., None]: ...
+    @property
+    def refusal(self) -> type[Exception]: ...
+
+    def explain(self, refusal: Any, topic: str) -> CdcOutboxError:
+        """What is to be done about a refusal."""
+        ...
+
+    def on_failure(self, error: Any, message: Any) -> None:
+        """Raise what is to be done about a failed delivery report."""
+        ...
+
+
+class Pipeline:
+    """State of one replication stream. Thrown away with it: a late delivery report can then confirm nothing."""
+
+    def __init__(self, router: Router, publisher: Publisher, wait_for_room: Callable[[], None]) -> None:
+        self._router = router
+        self._publisher = publisher
+        self._wait_for_room = wait_for_room
+        self._plans: dict[bytes, RowPlan | None] = {}
+        self._commit_time_ms = 0
+        self.watermark = Watermark(publisher.on_failure)
+        #: commit LSN of the transaction being received; 0 between transactions
+        self.open_commit_lsn = 0
+        #: events of that transaction so far: with the commit LSN, an event's identity in the stream
+        self.ordinal = 0
+        #: the furthest position the server has told us about
+        self.wal_end = 0
+        self.reply_requested = False
+        #: when set, `feed` stops at the next transaction end and leaves the rest unread
+        self.draining = False
+
+    @property
+    def in_transaction(self) -> bool:
+        return self.open_commit_lsn != 0
+
+    def feed(self, frames: Iterable[bytes]) -> None:
+        """Carry ``frames`` to the publisher. The hot loop: per event one look-up, one row plan, one publish.
+
+        Raises MalformedStream, PoisonEvent, OperatorNeeded, BrokerUnavailable; whatever ``wait_for_room`` raises.
+        """
+        plans, head = self._plans, pgoutput.INSERT_HEAD
+        publish, refusal = self._publisher.publish, self._publisher.refusal
+        batch, commit_time_ms, ordinal = self.watermark.current, self._commit_time_ms, self.ordinal
+        for frame in frames:
+            # Bytes that no other message has: a hit is an Insert of a known relation with the right number of columns.
+            plan = plans.get(frame[head])
+            if plan is None:
+                self.ordinal = ordinal
+                if self._control(frame):
+                    return
+                batch, commit_time_ms, ordinal = self.watermark.current, self._commit_time_ms, self.ordinal
+                continue
+            if not commit_time_ms:
+                raise MalformedStream("an Insert outside a transaction")
+            ordinal += 1
+            try:
+                topic, value, key, headers = plan(frame, commit_time_ms)
+            except PoisonEvent as poison:
+                raise self._located(poison, ordinal) from poison
+            batch.outstanding += 1
+            batch.per_topic[topic] += 1
+            while True:
+                try:
+                    publish(topic, value, key, -1, batch.on_delivery, None, commit_time_ms, headers)
+                    break
+                except BufferError:
+                    self._wait_for_room()
+                except refusal as error:
+                    raise self._located(self._publisher.explain(error, topic), ordinal) from error
+        self.ordinal = ordinal
+
+    def _control(self, frame: bytes) -> bool:
+        """Take in everything but events. True when the pipeline is draining and stands between transactions."""
+        if frame[:1] != b"w":
+            keepalive = read_keepalive(frame)
+            self.reply_requested |= keepalive.reply_requested
+            self.wal_end = max(self.wal_end, keepalive.wal_end)
+            return self.draining and not self.in_transaction
+        if len(frame) <= MESSAGE_START:
+            raise MalformedStream(f"an XLogData frame of {len(frame)} bytes")
+        tag = frame[MESSAGE_START]
+        if tag == pgoutput.BEGIN:
+            self._begin(frame)
+        elif tag == pgoutput.COMMIT:
+            self._commit(frame)
+            return self.draining
+        elif tag == pgoutput.RELATION:
+            relation = pgoutput.read_relation(frame)
+            self._plans[relation.insert_head] = self._router.compile(relation)
+        elif tag == pgoutput.INSERT:
+            if frame[pgoutput.INSERT_HEAD] not in self._plans:
+                raise MalformedStream("an Insert into a relation, or with a number of columns, that was not announced")
+        elif tag not in pgoutput.WITHOUT_EVENT:
+            raise MalformedStream(f"unsupported pgoutput message {bytes([tag])!r}")
+        return False
+
+    def _begin(self, frame: bytes) -> None:
+        if self.in_transaction:
+            raise MalformedStream(f"a Begin inside the transaction that commits at {LSN(self.open_commit_lsn)}")
+        self.open_commit_lsn, self._commit_time_ms, _ = pgoutput.read_begin(frame)
+        self.ordinal = 0
+        if not self.watermark.current.first_commit_time_ms:
+            self.watermark.current.first_commit_time_ms = self._commit_time_ms
+
+    def _commit(self, frame: bytes) -> None:
+        wal_end, commit_lsn, end_lsn = pgoutput.read_commit(frame)
+        if commit_lsn != self.open_commit_lsn:
+            raise MalformedStream(f"a Commit at {LSN(commit_lsn)} of a transaction announced for {LSN(self.open_commit_lsn)}")
+        self.open_commit_lsn = self._commit_time_ms = 0
+        self.wal_end = max(self.wal_end, wal_end)
+        batch = self.watermark.current
+        batch.end_lsn = end_lsn
+        if batch.outstanding >= BATCH_EVENTS:
+            self.watermark.close_batch()
+
+    def _located(self, error: CdcOutboxError, ordinal: int) -> CdcOutboxError:
+        where = f"event {ordinal} of the transaction that commits at {LSN(self.open_commit_lsn)}"
+        return type(error)(f"{error.message} ({where})", hint=error.hint)

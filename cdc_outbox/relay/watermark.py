@@ -1,0 +1,95 @@
+"""The watermark: up to which LSN everything is settled, and so may be confirmed.
+
+Events are counted into the current batch before they are published; the batch's own ``on_delivery`` counts them out.
+Batches stand in a queue in commit order, and only its head moves the watermark: never a maximum over acknowledgements.
+
+Pure bookkeeping, one thread; it knows neither Kafka nor clocks.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable
+from typing import Any
+
+from cdc_outbox.errors import BrokenInvariant
+from cdc_outbox.postgres.lsn import LSN
+
+#: Called with a delivery report's error and message; raises what is to be done about it.
+OnFailure = Callable[[Any, Any], None]
+
+
+class Batch:
+    """A run of events, published together and confirmed together.
+
+    Unconfirmable (``end_lsn`` 0) until the transaction of its last event has committed in the stream.
+    """
+
+    __slots__ = ("_on_failure", "end_lsn", "first_commit_time_ms", "outstanding", "per_topic")
+
+    def __init__(self, on_failure: OnFailure) -> None:
+        self._on_failure = on_failure
+        #: end of the last transaction in the batch, as a plain int (hot loop)
+        self.end_lsn = 0
+        #: when the oldest transaction in it committed, Unix milliseconds; 0 while it is empty
+        self.first_commit_time_ms = 0
+        #: events counted in and not yet acknowledged
+        self.outstanding = 0
+        #: events by topic, for the metrics
+        self.per_topic: defaultdict[str, int] = defaultdict(int)
+
+    def on_delivery(self, error: object, message: object) -> None:
+        """librdkafka's delivery report. A failed event stays outstanding: nothing after it is ever confirmed.
+
+        A bound method of a batch, not a closure per event: 0.4 µs per event against 0.9.
+        """
+        if error is not None:
+            self._on_failure(error, message)
+        else:
+            self.outstanding -= 1
+
+
+class Watermark:
+    def __init__(self, on_failure: OnFailure) -> None:
+        self._on_failure = on_failure
+        self._queue: deque[Batch] = deque()
+        self.current = Batch(on_failure)
+        #: what may be confirmed; 0 as long as nothing was settled
+        self.settled_lsn = LSN(0)
+
+    def close_batch(self) -> None:
+        """Queue the current batch, which must end with its transaction, and begin another."""
+        if self.current.end_lsn:
+            self._queue.append(self.current)
+            self.current = Batch(self._on_failure)
+
+    def advance(self) -> list[Batch]:
+        """Move over the batches at the head in which nothing is outstanding; return them, oldest first."""
+        settled = []
+        while self._queue and not self._queue[0].outstanding:
+            batch = self._queue.popleft()
+            self._move_to(batch.end_lsn)
+            settled.append(batch)
+        return settled
+
+    def advance_idle(self, wal_end: int) -> None:
+        """The idle rule: nothing received is unsettled, so what the server skipped up to here is settled too.
+
+        The caller knows that the stream is not inside a transaction. Source: PostgreSQL's own apply worker
+        (get_flush_position in worker.c). A transaction that is still open at ``wal_end`` arrives when it commits.
+        """
+        if self.is_empty and wal_end > self.settled_lsn:
+            self._move_to(wal_end)
+
+    @property
+    def is_empty(self) -> bool:
+        return not self._queue and not self.current.outstanding and not self.current.end_lsn
+
+    @property
+    def oldest_commit_time_ms(self) -> int:
+        """When the oldest unsettled transaction committed, Unix milliseconds; 0 if there is none."""
+        oldest = self._queue[0] if self._queue else self.current
+        return oldest.first_commit_time_ms
+
+    def _move_to(self, lsn: int) -> None:
+        if lsn < self.settled_lsn:
+            raise BrokenInvariant(f"the watermark would step back from {self.settled_lsn} to {LSN(lsn)}")
+        self.settled_lsn = LSN(lsn)

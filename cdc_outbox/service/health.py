@@ -1,0 +1,60 @@
+"""Health: the relay's state and, unless it streams, why not. Written by the relay's thread, read by others."""
+
+import time
+from typing import Any, Final, Literal
+
+from cdc_outbox.errors import CdcOutboxError
+from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.service.logs import get_logger
+from cdc_outbox.service.metrics import Metrics
+
+State = Literal["starting", "streaming", "standby", "waiting", "halted"]
+
+_REMEMBERED_ERRORS: Final = 5
+
+
+class Health:
+    def __init__(self, slot: str, metrics: Metrics) -> None:
+        self._slot = slot
+        self._metrics = metrics
+        self._log = get_logger()
+        self.state: State = "starting"
+        self.reason = "not connected yet"
+        self._since = time.time()
+        self._errors: tuple[dict[str, Any], ...] = ()
+        self.confirmed_lsn = LSN(0)
+        metrics.set_state(self.state)
+
+    @property
+    def ready(self) -> bool:
+        return self.state == "streaming"
+
+    def become(self, state: State, reason: str = "") -> None:
+        """Change the state; says so in the log, once per change."""
+        if (state, reason) == (self.state, self.reason):
+            return
+        changed = state != self.state
+        self.state, self.reason = state, reason
+        if changed:
+            self._since = time.time()
+            self._metrics.set_state(state)
+            if state != "halted":  # the command says that, with its exit code
+                level = self._log.warning if state == "waiting" else self._log.info
+                level(state, slot=self._slot, **({"reason": reason} if reason else {}))
+
+    def remember(self, error: CdcOutboxError) -> None:
+        entry = {"at": time.time(), "error": error.message, "hint": error.hint}
+        self._errors = (entry, *self._errors)[:_REMEMBERED_ERRORS]
+
+    def report(self) -> dict[str, Any]:
+        """The body of /readyz. Times are Unix seconds."""
+        return {
+            "ready": self.ready,
+            "state": self.state,
+            "reason": self.reason,
+            "since": round(self._since, 3),
+            "slot": self._slot,
+            "confirmed_lsn": str(self.confirmed_lsn),
+            "oldest_unconfirmed_seconds": round(self._metrics.oldest_unconfirmed_seconds(), 3),
+            "last_errors": list(self._errors),
+        }

@@ -1,0 +1,50 @@
+"""Logs: structlog to standard error, for people (console) or machines (json), one stable event name per kind.
+
+Event names are snake_case constants where they are logged. No payloads, no secrets: values are names, LSNs and numbers.
+"""
+
+import logging
+import sys
+from typing import Literal
+
+import structlog
+from structlog.typing import FilteringBoundLogger
+
+LogFormat = Literal["console", "json"]
+
+
+class _Forward(logging.Handler):
+    """Libraries log through the standard library (librdkafka, psycopg.pool); their lines join ours."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        log = get_logger()
+        log.log(record.levelno, "library", library=record.name, message=record.getMessage())
+
+
+def configure(log_format: LogFormat, level: str) -> None:
+    """``level``: debug, info, warning or error."""
+    number = logging.getLevelNamesMapping()[level.upper()]
+    renderer: structlog.typing.Processor = (
+        structlog.processors.JSONRenderer()
+        if log_format == "json"
+        else structlog.dev.ConsoleRenderer(
+            colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback
+        )
+    )
+    structlog.configure(
+        processors=[
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=True,
+    )
+    logging.basicConfig(handlers=[_Forward()], level=max(number, logging.WARNING), force=True)
+
+
+def get_logger() -> FilteringBoundLogger:
+    logger: FilteringBoundLogger = structlog.get_logger()
+    return logger

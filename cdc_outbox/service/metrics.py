@@ -1,0 +1,113 @@
+"""Metrics: the names and types of design.md, A.5, and nothing else.
+
+The relay's thread writes, the HTTP thread reads. Nothing here is called per event: batches report.
+"""
+
+import bisect
+import math
+import time
+from collections.abc import Iterator
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Info, disable_created_metrics, generate_latest
+from prometheus_client.metrics_core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+
+from cdc_outbox import __version__
+from cdc_outbox.postgres.catalog import Slot
+from cdc_outbox.relay.watermark import Batch
+
+STATES: Final = ("starting", "streaming", "standby", "waiting", "halted")
+
+_BUCKETS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
+
+
+disable_created_metrics()  # a second series beside every counter, which the contract does not name
+
+
+class _CommitToAck(Collector):
+    """A histogram that takes many equal observations at once, which prometheus_client's own does not."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(_BUCKETS) + 1)
+        self._sum_seconds = 0.0
+
+    def observe(self, seconds: float, events: int) -> None:
+        self._counts[bisect.bisect_left(_BUCKETS, seconds)] += events
+        self._sum_seconds += seconds * events
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        buckets, total = [], 0
+        for bound, count in zip((*_BUCKETS, math.inf), list(self._counts), strict=True):
+            total += count
+            buckets.append(("+Inf" if math.isinf(bound) else str(bound), float(total)))
+        family = HistogramMetricFamily(
+            "cdc_outbox_commit_to_ack_seconds",
+            "From the transaction's commit to Kafka's acknowledgement; a batch counts from its oldest commit",
+        )
+        family.add_metric([], buckets, self._sum_seconds)
+        yield family
+
+
+class Metrics:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.events_published = self._counter("events_published", "Events acknowledged by Kafka", ["topic"])
+        self.events_in_flight = self._gauge("events_in_flight", "Events published and not yet acknowledged")
+        self.publish_failures = self._counter(
+            "publish_failures", "Events that Kafka refused, by reason", ["topic", "reason"]
+        )
+        self.dead_letters = self._counter("dead_letters", "Events put aside as dead letters", ["topic", "reason"])
+        self.reconnects = self._counter("reconnects", "Times a side was lost and connected to again", ["side"])
+        self.slot_lag_bytes = self._gauge("slot_lag_bytes", "Server's WAL end minus the slot's confirmed LSN")
+        self.slot_retained_bytes = self._gauge("slot_retained_bytes", "WAL the server keeps because of the slot")
+        self.slot_safe_bytes = self._gauge(
+            "slot_safe_bytes", "WAL that may be written before the slot is lost; +Inf if the server sets no limit"
+        )
+        for gauge in (self.slot_lag_bytes, self.slot_retained_bytes, self.slot_safe_bytes):
+            gauge.set(math.nan)  # not known yet
+        self._state = Gauge("cdc_outbox_state", "1 for the state the relay is in", ["state"], registry=self.registry)
+        self._commit_to_ack = _CommitToAck()
+        self.registry.register(self._commit_to_ack)
+        for side in ("postgres", "kafka"):
+            self.reconnects.labels(side)
+        self._oldest_commit_time_ms = 0
+        self._gauge("oldest_unconfirmed_seconds", "Age of the oldest commit that is not settled").set_function(
+            self.oldest_unconfirmed_seconds
+        )
+        Info("cdc_outbox_build", "Version", registry=self.registry).info({"version": __version__})
+
+    def batch_settled(self, batch: Batch) -> None:
+        events = sum(batch.per_topic.values())
+        for topic, count in batch.per_topic.items():
+            self.events_published.labels(topic).inc(count)
+        if events:
+            self._commit_to_ack.observe(max(0.0, time.time() - batch.first_commit_time_ms / 1000), events)
+
+    def watch_oldest(self, commit_time_ms: int) -> None:
+        """Unix milliseconds of the oldest unsettled commit, 0 if everything is settled."""
+        self._oldest_commit_time_ms = commit_time_ms
+
+    def oldest_unconfirmed_seconds(self) -> float:
+        oldest = self._oldest_commit_time_ms
+        return max(0.0, time.time() - oldest / 1000) if oldest else 0.0
+
+    def slot_seen(self, slot: Slot | None) -> None:
+        lag, retained, safe = (slot.lag_bytes, slot.retained_bytes, slot.safe_bytes) if slot else (None, None, None)
+        self.slot_lag_bytes.set(math.nan if lag is None else lag)
+        self.slot_retained_bytes.set(math.nan if retained is None else retained)
+        self.slot_safe_bytes.set(math.inf if slot and safe is None else math.nan if safe is None else safe)
+
+    def set_state(self, state: str) -> None:
+        for name in STATES:
+            self._state.labels(name).set(name == state)
+
+    def render(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
+        return Counter(f"cdc_outbox_{name}", text, labels, registry=self.registry)
+
+    def _gauge(self, name: str, text: str) -> Gauge:
+        return Gauge(f"cdc_outbox_{name}", text, registry=self.registry)

@@ -1,0 +1,197 @@
+"""A session: one replication stream and one producer, from START_REPLICATION to a clean end or an error.
+
+This is the loop that reads, publishes, polls, settles and confirms, and the only place where the relay waits. What is
+decided lies in `relay`; what happens after an error, in `service.supervisor`.
+"""
+
+import time
+from typing import Final, Protocol
+
+from cdc_outbox.errors import SourceUnavailable
+from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.postgres.stream import ReplicationStream
+from cdc_outbox.relay.pipeline import Pipeline, Publisher
+from cdc_outbox.relay.router import Router
+from cdc_outbox.service.health import Health
+from cdc_outbox.service.metrics import Metrics
+from cdc_outbox.service.shutdown import Shutdown
+
+#: Under load requests fill for librdkafka's linger; when the input has run dry, a flush this long sends at once what
+#: lingers and usually sees it acknowledged. Shorter does not reach librdkafka's broker thread in time.
+_FLUSH_SECONDS: Final = 0.002
+#: How soon after the watermark moved the server is told: the bound of what a crash resends beyond what is in flight.
+_CONFIRM_AFTER_SECONDS: Final = 0.02
+#: How often the server hears from us at least; its own patience (wal_sender_timeout, see stream.py) is 10 s.
+_STATUS_EVERY_SECONDS: Final = 2.0
+#: A server silent for so long is asked to answer; then the relay is not ready; then the stream is given up.
+_SILENCE_ASKED_SECONDS: Final = 4.0
+_SILENCE_NOT_READY_SECONDS: Final = 8.0
+_SILENCE_GIVEN_UP_SECONDS: Final = 60.0
+#: Events in flight without a single acknowledgement for so long: not ready.
+_STALL_SECONDS: Final = 8.0
+#: The longest sleep with nothing to do, and with deliveries to be collected.
+_IDLE_WAIT_SECONDS: Final = 1.0
+_DELIVERY_WAIT_SECONDS: Final = 0.005
+#: How often health is looked at.
+_HEALTH_EVERY_SECONDS: Final = 0.25
+
+
+class SessionPublisher(Publisher, Protocol):
+    """What the session needs of Kafka on top of what the pipeline does; `kafka.publisher` says what each does."""
+
+    @property
+    def unreachable(self) -> str | None: ...
+    @property
+    def in_flight(self) -> int: ...
+    def poll(self, timeout_seconds: float) -> None: ...
+    def flush(self, timeout_seconds: float) -> None: ...
+    def probe(self) -> None: ...
+
+
+class _DeadlinePassed(Exception):  # noqa: N818 - it ends the drain, it is not an error
+    """The time for a clean end is up."""
+
+
+class Session:
+    """Raises from ``run`` whatever ends a session other than a requested shutdown."""
+
+    def __init__(  # noqa: PLR0913 - the one place where everything meets
+        self,
+        stream: ReplicationStream,
+        publisher: SessionPublisher,
+        router: Router,
+        shutdown: Shutdown,
+        health: Health,
+        metrics: Metrics,
+    ) -> None:
+        self._stream = stream
+        self._publisher = publisher
+        self._pipeline = Pipeline(router, publisher, self._wait_for_room)
+        self._watermark = self._pipeline.watermark
+        self._shutdown = shutdown
+        self._health = health
+        self._metrics = metrics
+        now = time.monotonic()
+        self._sent_lsn = LSN(0)
+        self._sent_at = 0.0
+        self._acknowledged_at = now
+        self._health_at = now
+
+    def run(self) -> None:
+        """Relay until shutdown is requested, then drain: return when everything read is confirmed, or time is up."""
+        stream, pipeline, publisher = self._stream, self._pipeline, self._publisher
+        stream.watch(self._shutdown.descriptor)
+        try:
+            while not self._may_stop_reading():
+                pipeline.feed(stream.frames())
+                publisher.poll(0)
+                self._settle()
+                self._report(time.monotonic())
+                if not stream.receive():
+                    self._input_ran_dry()
+            self._drain()
+        except _DeadlinePassed:
+            pass
+        self._send_status()
+
+    @property
+    def unconfirmed_events(self) -> int:
+        return self._publisher.in_flight
+
+    def _may_stop_reading(self) -> bool:
+        """On shutdown, read on to the end of the transaction at hand: stopping inside one would resend its head."""
+        if not self._shutdown.requested:
+            return False
+        self._check_deadline()
+        self._pipeline.draining = True
+        return not self._pipeline.in_transaction
+
+    def _input_ran_dry(self) -> None:
+        if not self._pipeline.in_transaction:
+            self._watermark.close_batch()
+        if self._publisher.in_flight:
+            self._publisher.flush(_FLUSH_SECONDS)
+        self._settle()
+        now = time.monotonic()
+        self._report(now)
+        self._stream.wait(self._seconds_to_wait(now))
+
+    def _seconds_to_wait(self, now: float) -> float:
+        if self._publisher.in_flight:
+            return _DELIVERY_WAIT_SECONDS
+        if self._watermark.settled_lsn > self._sent_lsn:
+            return max(0.0, self._sent_at + _CONFIRM_AFTER_SECONDS - now)
+        return _IDLE_WAIT_SECONDS
+
+    def _wait_for_room(self) -> None:
+        """As much is in flight as may be: stop reading, keep polling Kafka and keep the server informed."""
+        self._check_deadline()
+        self._publisher.poll(0.05)
+        self._settle()
+        self._stream.heard_at = time.monotonic()  # not listening is not silence
+        self._report(self._stream.heard_at)
+
+    def _drain(self) -> None:
+        self._watermark.close_batch()
+        while self._publisher.in_flight:
+            self._check_deadline()
+            self._publisher.flush(min(0.1, self._shutdown.seconds_left))
+            self._settle()
+            self._report(time.monotonic())
+
+    def _check_deadline(self) -> None:
+        if not self._shutdown.seconds_left:
+            raise _DeadlinePassed
+
+    def _settle(self) -> None:
+        """Let the watermark move over what Kafka has acknowledged, or over what the server skipped while we idle."""
+        settled = self._watermark.advance()
+        for batch in settled:
+            self._metrics.batch_settled(batch)
+        if settled:
+            self._acknowledged_at = time.monotonic()
+        if not self._pipeline.in_transaction:
+            self._watermark.advance_idle(self._pipeline.wal_end)
+
+    def _report(self, now: float) -> None:
+        """Tell the server what is due, and health and metrics every now and then."""
+        moved = self._watermark.settled_lsn > self._sent_lsn
+        since = now - self._sent_at
+        if (
+            self._pipeline.reply_requested
+            or (moved and since >= _CONFIRM_AFTER_SECONDS)
+            or since >= _STATUS_EVERY_SECONDS
+        ):
+            self._send_status()
+        if now >= self._health_at:
+            self._health_at = now + _HEALTH_EVERY_SECONDS
+            self._watch_health(now)
+
+    def _send_status(self) -> None:
+        now = time.monotonic()
+        silent = now - self._stream.heard_at > _SILENCE_ASKED_SECONDS
+        self._sent_lsn = self._watermark.settled_lsn
+        self._stream.send_status(self._sent_lsn, request_reply=silent)
+        self._sent_at = now
+        self._pipeline.reply_requested = False
+        self._health.confirmed_lsn = self._sent_lsn
+
+    def _watch_health(self, now: float) -> None:
+        in_flight = self._publisher.in_flight
+        self._metrics.events_in_flight.set(in_flight)
+        self._metrics.watch_oldest(self._watermark.oldest_commit_time_ms)
+        if not in_flight:
+            self._acknowledged_at = now
+        silence = now - self._stream.heard_at
+        if silence > _SILENCE_GIVEN_UP_SECONDS:
+            raise SourceUnavailable(f"the server has been silent for {silence:.0f} s")
+        if self._publisher.unreachable and not in_flight:
+            self._publisher.probe()  # no delivery will tell that the broker is back
+        if self._publisher.unreachable:
+            self._health.become("waiting", f"no broker can be reached: {self._publisher.unreachable}")
+        elif now - self._acknowledged_at > _STALL_SECONDS:
+            self._health.become("waiting", "Kafka acknowledges nothing")
+        elif silence > _SILENCE_NOT_READY_SECONDS:
+            self._health.become("waiting", "the PostgreSQL server does not answer")
+        else:
+            self._health.become("streaming")

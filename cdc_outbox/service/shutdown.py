@@ -1,0 +1,49 @@
+"""Shutdown: the first SIGTERM or SIGINT asks for a clean end, the second ends the process at once.
+
+Waiting is done on a pipe that the signal handler writes to: a Python lock or event must not be touched in a handler.
+"""
+
+import os
+import select
+import signal
+import time
+from types import FrameType
+from typing import Final
+
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+
+
+class Shutdown:
+    def __init__(self, timeout_seconds: float) -> None:
+        self._timeout_seconds = timeout_seconds
+        self._deadline: float | None = None
+        #: readable once shutdown was requested
+        self.descriptor, self._wake = os.pipe()
+
+    def install(self) -> None:
+        """Take over the process's signals. Call from the main thread."""
+        for number in _SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def request(self) -> None:
+        if self._deadline is None:
+            self._deadline = time.monotonic() + self._timeout_seconds
+            os.write(self._wake, b"!")
+
+    @property
+    def requested(self) -> bool:
+        return self._deadline is not None
+
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline; infinite as long as nobody asked to stop, never negative."""
+        return float("inf") if self._deadline is None else max(0.0, self._deadline - time.monotonic())
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, but wake up when shutdown is requested."""
+        select.select([self.descriptor], [], [], seconds)
+
+    def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
+        for number in _SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+        self.request()

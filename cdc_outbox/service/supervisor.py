@@ -1,0 +1,140 @@
+"""The supervisor: one session after another until somebody asks to stop or an operator is needed.
+
+The one place that decides what is tried again. After any failure decoder, watermark *and producer* are thrown away and
+everything starts from the slot: a late delivery report can then confirm nothing, and no old record passes a replayed one.
+"""
+
+import gc
+import random
+import threading
+from typing import Final
+
+from cdc_outbox.config import Config
+from cdc_outbox.errors import CdcOutboxError, SlotInUse, UnavailableError
+from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.kafka.topics import Topics
+from cdc_outbox.postgres import catalog
+from cdc_outbox.postgres.monitor import SlotMonitor
+from cdc_outbox.postgres.stream import ReplicationStream
+from cdc_outbox.relay.router import TopicTemplate
+from cdc_outbox.service.health import Health
+from cdc_outbox.service.http import HttpServer
+from cdc_outbox.service.logs import get_logger
+from cdc_outbox.service.metrics import Metrics
+from cdc_outbox.service.preflight import prepare_router
+from cdc_outbox.service.session import Session
+from cdc_outbox.service.shutdown import Shutdown
+
+#: How often a standby asks for the slot.
+_STANDBY_SECONDS: Final = 0.5
+_FIRST_BACKOFF_SECONDS: Final = 0.1
+_LONGEST_BACKOFF_SECONDS: Final = 3.0
+_MONITOR_SECONDS: Final = 5.0
+
+
+class Supervisor:
+    """The service. Raises ConfigurationError from the constructor, before anything is connected."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._dsn = config.postgres.dsn.get_secret_value()
+        self._bootstrap_servers = config.kafka.require_bootstrap_servers()
+        self._topic = TopicTemplate(config.kafka.topic, config.kafka.topic_pattern)
+        self._metrics = Metrics()
+        self._health = Health(config.postgres.slot, self._metrics)
+        self._shutdown = Shutdown(config.service.shutdown_timeout_seconds)
+        self._monitor = SlotMonitor(self._dsn, config.postgres.slot)
+        self._log = get_logger()
+        self._failures = 0
+        # A first producer at once: librdkafka checks its settings, and connects while PostgreSQL is connected to.
+        self._next_publisher: Publisher | None = self._make_publisher()
+
+    def run(self) -> None:
+        """Returns when a shutdown was requested; raises what only an operator can mend."""
+        self._shutdown.install()
+        if address := self._config.http.address():
+            HttpServer(address, self._health, self._metrics).start()
+        threading.Thread(target=self._watch_slot, name="monitor", daemon=True).start()
+        # What exists now stays for good: the collector need not walk it again and again in the hot loop.
+        gc.collect()
+        gc.freeze()
+        while not self._shutdown.requested:
+            try:
+                self._serve()
+            except UnavailableError as error:
+                self._recover(error)
+            except CdcOutboxError as error:
+                self._health.remember(error)
+                self._health.become("halted", error.message)
+                raise
+        self._log.info("stopped", confirmed_lsn=str(self._health.confirmed_lsn))
+
+    def _serve(self) -> None:
+        """One attempt: connect, check, take the slot, relay."""
+        config = self._config
+        publisher = self._next_publisher or self._make_publisher()
+        self._next_publisher = None
+        topics = Topics(publisher, create=config.kafka.create_topics)
+        try:
+            stream = ReplicationStream(self._dsn)
+            try:
+                router = prepare_router(config, stream.connection, self._topic, topics.require)
+                catalog.check_slot(stream.connection, config.postgres.slot)
+                # A relay that cannot reach Kafka must not keep the slot from one that can.
+                topics.connect()
+                if not self._topic.fields:
+                    topics.require(self._topic.text)
+                if self._take_slot(stream):
+                    self._failures = 0
+                    self._relay(Session(stream, publisher, router, self._shutdown, self._health, self._metrics))
+            finally:
+                stream.close()
+        finally:
+            publisher.close()
+
+    def _take_slot(self, stream: ReplicationStream) -> bool:
+        """Wait for the slot, as a standby while another relay has it. False if asked to stop meanwhile."""
+        while not self._shutdown.requested:
+            try:
+                stream.start(self._config.postgres.slot, self._config.postgres.publication)
+            except SlotInUse as error:
+                self._health.become("standby", error.message)
+                self._shutdown.sleep(_STANDBY_SECONDS)
+            else:
+                self._health.become("streaming")
+                return True
+        return False
+
+    def _relay(self, session: Session) -> None:
+        session.run()
+        if session.unconfirmed_events:
+            self._log.warning(
+                "shutdown_deadline_passed",
+                unconfirmed_events=session.unconfirmed_events,
+                hint="they are not lost: the slot keeps them, the next start publishes them",
+            )
+
+    def _recover(self, error: UnavailableError) -> None:
+        """Wait before the next attempt: longer each time, and not in step with other relays."""
+        self._health.remember(error)
+        self._health.become("waiting", error.message)
+        self._metrics.reconnects.labels(error.side).inc()
+        backoff_seconds = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2**self._failures)
+        self._failures = min(self._failures + 1, 10)
+        self._shutdown.sleep(backoff_seconds * random.uniform(0.5, 1.0))  # noqa: S311 - jitter is not cryptography
+
+    def _make_publisher(self) -> Publisher:
+        return Publisher(
+            self._bootstrap_servers, self._config.kafka.producer, max_in_flight=self._config.relay.max_in_flight
+        )
+
+    def _watch_slot(self) -> None:
+        """The monitor's thread: slot figures for the metrics, every few seconds."""
+        with self._monitor:
+            while not self._shutdown.requested:
+                try:
+                    self._metrics.slot_seen(self._monitor.read())
+                except CdcOutboxError as error:
+                    self._metrics.slot_seen(None)
+                    self._log.debug("slot_not_seen", reason=error.message)
+                self._shutdown.sleep(_MONITOR_SECONDS)

@@ -1,0 +1,16 @@
+-- cdc-outbox: only if outbox.table = public.outbox and postgres.publication = cdc_outbox
+--
+-- Why: a publication tells PostgreSQL which changes to send. Inserts only: then clean-up costs the relay nothing, and
+-- the table needs no replica identity.
+--
+-- The publication must be older than the slot's position: make it before the slot, as `cdc-outbox migrate up` does.
+-- A slot that is older fails on PostgreSQL 15 to 17, and silently sends nothing on 18.
+--
+-- Run as: the owner of public.outbox, with CREATE on this database. Safe to run again.
+
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_publication WHERE pubname = 'cdc_outbox') THEN
+        CREATE PUBLICATION cdc_outbox FOR TABLE public.outbox WITH (publish = 'insert');
+    END IF;
+END $$;
