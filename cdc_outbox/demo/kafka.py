@@ -16,11 +16,13 @@ from cdc_outbox.demo.ports import free_port, wait_for_port
 from cdc_outbox.errors import ConfigurationError
 
 KAFKA: Final = "org.apache.kafka:kafka_2.13:4.3.1"
+#: What is fetched the first time, for the bar: jars and their descriptions.
+KAFKA_SIZE_BYTES: Final = 44_000_000
 _START_SECONDS: Final = 60.0
 _STOP_SECONDS: Final = 15.0
 
 #: (file name, its size in bytes) -> a context that yields a function to be called with every count of bytes
-Progress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
+DownloadProgress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 
 
 @contextmanager
@@ -28,7 +30,7 @@ def no_progress(_name: str, _size_bytes: int) -> Iterator[Callable[[int], None]]
     yield lambda _: None
 
 
-def fetch_kafka(progress: Progress = no_progress) -> list[Path]:
+def fetch_kafka(progress: DownloadProgress = no_progress) -> list[Path]:
     """Kafka's jars, fetched if they are not in the cache. Raises ConfigurationError if they are not to be had."""
     try:
         import jgo

@@ -26,8 +26,7 @@ _SETTINGS: Final = {
     "max_replication_slots": "20",
     "max_connections": "100",
     "shared_buffers": "128MB",
-    "synchronous_commit": "off",
-    "fsync": "off",
+    "fsync": "off",  # but commits stay synchronous: the walsender sends only what was flushed
 }
 _USER: Final = "postgres"
 

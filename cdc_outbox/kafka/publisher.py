@@ -87,11 +87,6 @@ _PROBE_SECONDS: Final = 0.2
 MISSING_TOPIC_HINT: Final = "create it (kafka-topics.sh --create --topic ...), or set kafka.create_topics = true"
 
 
-_librdkafka_log = logging.getLogger("librdkafka")
-# that the gapless guarantee is "experimental" is our decision (README), not news at every start
-_librdkafka_log.addFilter(lambda record: not record.getMessage().startswith("CONFWARN"))
-
-
 class Publisher:
     """One producer. After any failure it is closed and another one takes its place: an old record can then not
     overtake a replayed one.
@@ -113,7 +108,7 @@ class Publisher:
         }
         refuse_broken_promises(settings)
         try:
-            self.producer = Producer(self.client_settings, logger=_librdkafka_log)
+            self.producer = Producer(self.client_settings, logger=logging.getLogger("librdkafka"))
         except KafkaException as error:
             reason = error.args[0].str()
             raise ConfigurationError(f"kafka.producer: {reason}", hint="see librdkafka's CONFIGURATION.md") from error

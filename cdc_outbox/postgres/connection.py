@@ -111,7 +111,7 @@ def first_line(text: str) -> str:
 
 
 def _explain_refusal(error: psycopg.OperationalError) -> CdcOutboxError:
-    text = " ".join(str(error).split())
+    text = " ".join(str(error).split()).removeprefix("connection failed: ")
     for wording, hint in _REFUSALS:
         if wording in text:
             return OperatorNeeded(f"PostgreSQL refuses us: {text}", hint=hint)

@@ -9,7 +9,7 @@ Source: PostgreSQL manual, "Logical Replication Message Formats".
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from cdc_outbox.errors import MalformedStream
 from cdc_outbox.postgres.frames import MESSAGE_START, POSTGRES_EPOCH_SECONDS
@@ -28,8 +28,9 @@ WITHOUT_EVENT: Final = frozenset(map(ord, "OYMUDT"))
 #: relation, so one dictionary look-up of these bytes recognises the message, finds its relation and checks its shape.
 INSERT_HEAD: Final = slice(MESSAGE_START, MESSAGE_START + 8)
 
-_BEGIN = struct.Struct("!25xxQqI")
-_COMMIT = struct.Struct("!9xQ8xxxQQq")
+_BEGIN = struct.Struct("!25xxQq4x")
+_COMMIT = struct.Struct("!9xQ8xxxQQ8x")
+_EPOCH_MS: Final = POSTGRES_EPOCH_SECONDS * 1000
 _LENGTH = struct.Struct("!I").unpack_from
 _HEAD = struct.Struct("!BIBH")
 _TEXT: Final = ord("t")
@@ -37,20 +38,6 @@ _NULL: Final = ord("n")
 
 #: Reads one Insert frame into the wanted columns' text values, None for NULL.
 InsertReader = Callable[[bytes], tuple[Any, ...]]
-
-
-class Begin(NamedTuple):
-    commit_lsn: int
-    commit_time_ms: int
-    """Unix milliseconds."""
-    xid: int
-
-
-class Commit(NamedTuple):
-    wal_end: int
-    """The server's position according to the frame around the message: nothing beyond it may be confirmed."""
-    commit_lsn: int
-    end_lsn: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,24 +62,31 @@ class Relation:
         return f"{self.namespace}.{self.name}"
 
 
-def read_begin(frame: bytes) -> Begin:
-    """'B' · commit LSN int64 · commit time int64 (µs since 2000) · xid int32."""
+def read_begin(frame: bytes) -> tuple[int, int]:
+    """Commit LSN, and commit time in Unix milliseconds.
+
+    'B' · commit LSN int64 · commit time int64 (µs since 2000) · xid int32.
+    """
     if len(frame) != _BEGIN.size:
         raise MalformedStream(f"Begin of {len(frame)} bytes, expected {_BEGIN.size}")
-    commit_lsn, commit_time_us, xid = _BEGIN.unpack(frame)
-    return Begin(commit_lsn, commit_time_us // 1000 + POSTGRES_EPOCH_SECONDS * 1000, xid)
+    commit_lsn, commit_time_us = _BEGIN.unpack(frame)
+    return commit_lsn, commit_time_us // 1000 + _EPOCH_MS
 
 
-def read_commit(frame: bytes) -> Commit:
-    """'C' · flags int8 · commit LSN int64 · end LSN int64 · commit time int64."""
+def read_commit(frame: bytes) -> tuple[int, int, int]:
+    """The server's WAL end as the frame around the message has it, commit LSN, end LSN.
+
+    'C' · flags int8 · commit LSN int64 · end LSN int64 · commit time int64. The three are checked against each other:
+    PostgreSQL would take an LSN from beyond what it has sent as confirmed, without a word.
+    """
     if len(frame) != _COMMIT.size:
         raise MalformedStream(f"Commit of {len(frame)} bytes, expected {_COMMIT.size}")
-    wal_end, commit_lsn, end_lsn, _ = _COMMIT.unpack(frame)
+    wal_end, commit_lsn, end_lsn = _COMMIT.unpack(frame)
     if not commit_lsn < end_lsn <= wal_end:
         raise MalformedStream(
             f"Commit at {LSN(commit_lsn)} claims to end at {LSN(end_lsn)}, the server is at {LSN(wal_end)}"
         )
-    return Commit(wal_end, commit_lsn, end_lsn)
+    return wal_end, commit_lsn, end_lsn
 
 
 def read_relation(frame: bytes) -> Relation:

@@ -8,7 +8,7 @@ from typing import Any, Final, Protocol
 
 from cdc_outbox.errors import CdcOutboxError, MalformedStream, PoisonEvent
 from cdc_outbox.postgres import pgoutput
-from cdc_outbox.postgres.frames import MESSAGE_START, read_keepalive
+from cdc_outbox.postgres.frames import MESSAGE_START, XLOG_DATA, read_keepalive
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.relay.router import Router, RowPlan
 from cdc_outbox.relay.watermark import Watermark
@@ -102,13 +102,11 @@ class Pipeline:
 
     def _control(self, frame: bytes) -> bool:
         """Take in everything but events. True when the pipeline is draining and stands between transactions."""
-        if frame[:1] != b"w":
+        if len(frame) <= MESSAGE_START or frame[0] != XLOG_DATA:
             keepalive = read_keepalive(frame)
             self.reply_requested |= keepalive.reply_requested
             self.wal_end = max(self.wal_end, keepalive.wal_end)
             return self.draining and not self.in_transaction
-        if len(frame) <= MESSAGE_START:
-            raise MalformedStream(f"an XLogData frame of {len(frame)} bytes")
         tag = frame[MESSAGE_START]
         if tag == pgoutput.BEGIN:
             self._begin(frame)
@@ -126,19 +124,21 @@ class Pipeline:
         return False
 
     def _begin(self, frame: bytes) -> None:
-        if self.in_transaction:
+        if self.open_commit_lsn:
             raise MalformedStream(f"a Begin inside the transaction that commits at {LSN(self.open_commit_lsn)}")
-        self.open_commit_lsn, self._commit_time_ms, _ = pgoutput.read_begin(frame)
+        self.open_commit_lsn, self._commit_time_ms = pgoutput.read_begin(frame)
         self.ordinal = 0
-        if not self.watermark.current.first_commit_time_ms:
-            self.watermark.current.first_commit_time_ms = self._commit_time_ms
+        batch = self.watermark.current
+        batch.first_commit_time_ms = batch.first_commit_time_ms or self._commit_time_ms
 
     def _commit(self, frame: bytes) -> None:
         wal_end, commit_lsn, end_lsn = pgoutput.read_commit(frame)
         if commit_lsn != self.open_commit_lsn:
-            raise MalformedStream(f"a Commit at {LSN(commit_lsn)} of a transaction announced for {LSN(self.open_commit_lsn)}")
+            raise MalformedStream(
+                f"a Commit at {LSN(commit_lsn)} of a transaction announced for {LSN(self.open_commit_lsn)}"
+            )
         self.open_commit_lsn = self._commit_time_ms = 0
-        self.wal_end = max(self.wal_end, wal_end)
+        self.wal_end = wal_end
         batch = self.watermark.current
         batch.end_lsn = end_lsn
         if batch.outstanding >= BATCH_EVENTS:

@@ -169,9 +169,10 @@ def check_columns(outbox: Outbox, topic: TopicTemplate, types: Mapping[str, int]
     for field in wanted:
         column = outbox.column(field)
         if column not in types:
+            known = field in outbox.columns
             raise OperatorNeeded(
-                f"table {outbox} has no column {column!r}, wanted for {field}",
-                hint=f"add the column, or name another with outbox.columns.{field}",
+                f"table {outbox} has no column {column!r}, wanted for {field if known else 'kafka.topic'}",
+                hint=f"add the column, or {f'name another with outbox.columns.{field}' if known else 'change kafka.topic'}",
             )
     column = outbox.column("payload")
     if types[column] not in _MEDIA_TYPES:

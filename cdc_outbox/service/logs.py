@@ -14,11 +14,13 @@ LogFormat = Literal["console", "json"]
 
 
 class _Forward(logging.Handler):
-    """Libraries log through the standard library (librdkafka, psycopg.pool); their lines join ours."""
+    """Libraries log through the standard library (librdkafka, psycopg.pool); their lines join ours, for debugging.
+
+    What of it matters becomes a state with its reason, or an error: librdkafka repeats itself a hundred times a second.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        log = get_logger()
-        log.log(record.levelno, "library", library=record.name, message=record.getMessage())
+        get_logger().debug("library", library=record.name, message=record.getMessage())
 
 
 def configure(log_format: LogFormat, level: str) -> None:
@@ -42,7 +44,7 @@ def configure(log_format: LogFormat, level: str) -> None:
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
-    logging.basicConfig(handlers=[_Forward()], level=max(number, logging.WARNING), force=True)
+    logging.basicConfig(handlers=[_Forward()], level=logging.WARNING, force=True)
 
 
 def get_logger() -> FilteringBoundLogger:

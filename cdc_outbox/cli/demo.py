@@ -1,0 +1,87 @@
+"""`cdc-outbox demo`: the whole thing on this machine, and a verdict."""
+
+import sys
+import time
+from dataclasses import asdict
+
+import click
+import orjson
+from rich.console import Console
+from rich.table import Table
+
+from cdc_outbox.demo.ledger import Verdict
+from cdc_outbox.demo.relay import RelayProcess
+from cdc_outbox.demo.show import Scene, Show
+from cdc_outbox.errors import CheckFailed
+
+
+@click.command()
+@click.option("--seconds", type=click.FloatRange(min=1), default=20, show_default=True, help="How long to write.")
+@click.option("--keep", is_flag=True, help="Leave everything up after the verdict, until Ctrl-C.")
+@click.option("--postgres", metavar="DSN", help="A PostgreSQL to use (wal_level = logical) instead of an own one.")
+@click.option("--kafka", metavar="HOST:PORT", help="A Kafka to use instead of an own one.")
+@click.option("--json", "as_json", is_flag=True, help="The verdict as one JSON document.")
+def command(*, seconds: float, keep: bool, postgres: str | None, kafka: str | None, as_json: bool) -> None:
+    """Show it: a real PostgreSQL, a real Kafka, an application that writes, the relay, a consumer that verifies.
+
+    Without Docker, Java or root. On servers that are given it works in a database and in topics of its own, and removes
+    them. Exits with 0 only if every committed event was delivered, in order, and no other; else with 4.
+    """
+    console = Console(stderr=as_json)
+    console.quiet = not console.is_terminal  # nothing but data in a pipe
+    verdicts: list[Verdict] = []
+
+    def curtain(verdict: Verdict, scene: Scene, relay: RelayProcess) -> None:
+        verdicts.append(verdict)
+        if as_json:
+            click.echo(orjson.dumps({**asdict(verdict), "good": verdict.good}))
+        else:
+            _show_verdict(verdict)
+        if keep:
+            _stay(scene, relay)
+
+    try:
+        Show(console, dsn=postgres, bootstrap_servers=kafka).run(seconds, curtain)
+    except KeyboardInterrupt:
+        if not verdicts:
+            raise CheckFailed("interrupted before there was a verdict; everything was taken down") from None
+    if not verdicts[0].good:
+        raise CheckFailed("not every committed event was delivered, in order, and no other: see the verdict")
+
+
+def _show_verdict(verdict: Verdict) -> None:
+    table = Table(title="verdict", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right", min_width=14)
+    for name, number in asdict(verdict).items():
+        table.add_row(name.replace("_", " "), f"{number:,}")
+    console = Console()
+    console.print(table)
+    if verdict.good:
+        console.print("[green]✓ every committed event was delivered, in order, and no other[/]")
+
+
+def _stay(scene: Scene, relay: RelayProcess) -> None:
+    exports = "\n".join(f"export {name}='{value}'" for name, value in scene.environment.items())
+    click.echo(
+        f"""
+Everything is still up:
+
+  PostgreSQL  {scene.dsn}
+  Kafka       {scene.bootstrap_servers}, topic {scene.topic}
+  relay       http://{relay.address}/metrics
+
+In another terminal:
+
+{exports}
+export CDC_OUTBOX_HTTP__LISTEN='{relay.address}'
+
+cdc-outbox status
+cdc-outbox tail
+psql "$CDC_OUTBOX_POSTGRES__DSN" -c "INSERT INTO outbox (aggregate_id, event_type, payload) VALUES ('run-1', 'run.created', '{{}}')"
+
+Ctrl-C here takes everything down."""
+    )
+    sys.stdout.flush()
+    while relay.process.poll() is None:
+        time.sleep(0.5)

@@ -1,0 +1,66 @@
+"""The relay as a real subprocess: the installed command, on free ports of its own."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+from urllib.error import URLError
+from urllib.request import urlopen
+
+from cdc_outbox.demo.ports import free_port
+from cdc_outbox.errors import CheckFailed
+
+_READY_SECONDS: Final = 20.0
+_STOP_SECONDS: Final = 40.0
+
+
+class RelayProcess:
+    """`cdc-outbox run`, from the ``with``'s beginning to its end; its output goes to ``log``."""
+
+    def __init__(self, environment: Mapping[str, str], log: Path) -> None:
+        self.address = f"127.0.0.1:{free_port()}"
+        self._environment = {"CDC_OUTBOX_HTTP__LISTEN": self.address, **environment}
+        self._log = log
+
+    def __enter__(self) -> Self:
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("CDC_OUTBOX_")}
+        with self._log.open("ab") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "cdc_outbox", "run"],
+                env={**inherited, **self._environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=self._log.parent,  # no cdc-outbox.toml of the caller's
+                start_new_session=True,  # Ctrl-C in the terminal is for us; we stop the relay in our order
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(_STOP_SECONDS)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+
+    def wait_until_ready(self) -> None:
+        """Raises CheckFailed with what the relay printed if it ends or does not become ready."""
+        deadline = time.monotonic() + _READY_SECONDS
+        while time.monotonic() < deadline and self.process.poll() is None:
+            try:
+                with urlopen(f"http://{self.address}/readyz", timeout=1):
+                    return
+            except (URLError, OSError):
+                time.sleep(0.02)
+        raise CheckFailed(f"the relay did not become ready; it said: {self.said()}")
+
+    def said(self) -> str:
+        """The end of its output."""
+        return self._log.read_text()[-1000:].strip()
