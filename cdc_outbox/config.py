@@ -214,9 +214,7 @@ def _how_to_set(key: str) -> str:
 def redacted(config: Config) -> dict[str, Any]:
     """Every key, dotted, with its value; secrets as ***."""
     return {
-        key: "***" if is_secret(key) else value
-        for key, value in _dotted(config.model_dump(), "")
-        if value is not None
+        key: "***" if is_secret(key) else value for key, value in _dotted(config.model_dump(), "") if value is not None
     }
 
 

@@ -1,8 +1,10 @@
 """`cdc-outbox demo`: the whole thing on this machine, and a verdict."""
 
+import signal
 import sys
 import time
 from dataclasses import asdict
+from types import FrameType
 
 import click
 import orjson
@@ -40,6 +42,8 @@ def command(*, seconds: float, keep: bool, postgres: str | None, kafka: str | No
         if keep:
             _stay(scene, relay)
 
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _interrupt)
     try:
         Show(console, dsn=postgres, bootstrap_servers=kafka).run(seconds, curtain)
     except KeyboardInterrupt:
@@ -47,6 +51,13 @@ def command(*, seconds: float, keep: bool, postgres: str | None, kafka: str | No
             raise CheckFailed("interrupted before there was a verdict; everything was taken down") from None
     if not verdicts[0].good:
         raise CheckFailed("not every committed event was delivered, in order, and no other: see the verdict")
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    """Once: what follows is the taking down, which must not be interrupted in its turn."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _show_verdict(verdict: Verdict) -> None:
@@ -61,10 +72,7 @@ def _show_verdict(verdict: Verdict) -> None:
         console.print("[green]✓ every committed event was delivered, in order, and no other[/]")
 
 
-def _stay(scene: Scene, relay: RelayProcess) -> None:
-    exports = "\n".join(f"export {name}='{value}'" for name, value in scene.environment.items())
-    click.echo(
-        f"""
+_STAYING = """
 Everything is still up:
 
   PostgreSQL  {scene.dsn}
@@ -74,14 +82,19 @@ Everything is still up:
 In another terminal:
 
 {exports}
-export CDC_OUTBOX_HTTP__LISTEN='{relay.address}'
 
 cdc-outbox status
 cdc-outbox tail
-psql "$CDC_OUTBOX_POSTGRES__DSN" -c "INSERT INTO outbox (aggregate_id, event_type, payload) VALUES ('run-1', 'run.created', '{{}}')"
+psql "$CDC_OUTBOX_POSTGRES__DSN" \\
+  -c "INSERT INTO outbox (aggregate_id, event_type, payload) VALUES ('run-1', 'run.created', '{{}}')"
 
 Ctrl-C here takes everything down."""
-    )
+
+
+def _stay(scene: Scene, relay: RelayProcess) -> None:
+    environment = {**scene.environment, "CDC_OUTBOX_HTTP__LISTEN": relay.address}
+    exports = "\n".join(f"export {name}='{value}'" for name, value in environment.items())
+    click.echo(_STAYING.format(scene=scene, relay=relay, exports=exports))
     sys.stdout.flush()
     while relay.process.poll() is None:
         time.sleep(0.5)

@@ -43,7 +43,7 @@ def _ask_relay(config: Config) -> dict[str, Any] | None:
     if not config.http.listen:
         return None
     try:
-        with urlopen(f"http://{config.http.listen}/readyz", timeout=_TIMEOUT_SECONDS) as answer:  # noqa: S310
+        with urlopen(f"http://{config.http.listen}/readyz", timeout=_TIMEOUT_SECONDS) as answer:
             body = answer.read()
     except HTTPError as answer:  # 503 is an answer too
         body = answer.read()

@@ -34,21 +34,19 @@ def command(settings: Settings, *, as_json: bool) -> None:
     topic = TopicTemplate(config.kafka.topic, config.kafka.topic_pattern)
     shutdown = Shutdown(_SHUTDOWN_SECONDS)
     shutdown.install()
-    stream = ReplicationStream(config.postgres.dsn.get_secret_value())
     try:
-        router = prepare_router(config, stream.connection, topic, require_topic=lambda _: None)
-        slot = f"cdc_outbox_tail_{os.getpid()}"
-        stream.create_temporary_slot(slot)
-        stream.start(slot, config.postgres.publication)
-        metrics = Metrics()
-        Session(stream, _Printer(as_json=as_json), router, shutdown, Health(slot, metrics), metrics).run()
+        with ReplicationStream(config.postgres.dsn.get_secret_value()) as stream:
+            router = prepare_router(config, stream.connection, topic, require_topic=lambda _: None)
+            slot = f"cdc_outbox_tail_{os.getpid()}"
+            stream.create_temporary_slot(slot)
+            stream.start(slot, config.postgres.publication)
+            metrics = Metrics()
+            Session(stream, _Printer(as_json=as_json), router, shutdown, Health(slot, metrics), metrics).run()
     except BrokenPipeError:  # `tail | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    finally:
-        stream.close()
 
 
-class _NeverRaised(Exception):  # noqa: N818 - see its name
+class _NeverRaised(Exception):
     """Printing refuses no event."""
 
 
@@ -62,7 +60,7 @@ class _Printer:
     def __init__(self, *, as_json: bool) -> None:
         self._line = _json_line if as_json else _text_line
 
-    def publish(  # noqa: PLR0913 - the shape is that of Producer.produce
+    def publish(
         self,
         topic: str,
         value: bytes | None,

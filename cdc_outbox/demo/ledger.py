@@ -7,7 +7,7 @@ from collections import defaultdict, deque
 from dataclasses import dataclass, field
 from typing import Final
 
-_LATENCIES_KEPT: Final = 5_000
+_LATENCIES_KEPT: Final = 2_000
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,6 +93,7 @@ class EmbeddedPostgres:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 cwd=self._folder,
+                start_new_session=True,  # Ctrl-C in the terminal is for us
                 check=False,
                 **identity,  # type: ignore[call-overload]
             )

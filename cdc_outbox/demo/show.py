@@ -6,7 +6,6 @@ Everything is entered on one exit stack: however the show ends, what it started 
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from cdc_outbox.demo.kafka import KAFKA_SIZE_BYTES, DownloadProgress, EmbeddedKa
 from cdc_outbox.demo.ledger import Ledger, Verdict
 from cdc_outbox.demo.postgres import EmbeddedPostgres
 from cdc_outbox.demo.relay import RelayProcess
-from cdc_outbox.demo.stack import server_folder
+from cdc_outbox.demo.stack import running, server_folder
 from cdc_outbox.demo.traffic import ACCOUNT_TABLE, Reader, Writer
 from cdc_outbox.errors import CheckFailed
 from cdc_outbox.postgres import catalog, migrations
@@ -42,7 +41,8 @@ _REFRESH_SECONDS: Final = 0.25
 @dataclass(frozen=True, slots=True)
 class Scene:
     """Where the show plays. ``name`` is that of its database and slot, and the first part of its topics' names, so that
-    on servers that were given it touches nothing but what is its own."""
+    on servers that were given it touches nothing but what is its own.
+    """
 
     name: str
     dsn: str
@@ -92,29 +92,22 @@ class Show:
             curtain(self._ledger.verdict(), scene, relay)
 
     def _servers(self, stack: ExitStack) -> tuple[str, str]:
+        """DSN and bootstrap servers: those given, or of servers started now."""
         dsn, bootstrap_servers = self._given_dsn, self._given_bootstrap_servers
+        folder = stack.enter_context(server_folder())
         if not bootstrap_servers:
             with _download_bars(self._console) as progress:
-                jars = fetch_kafka(progress)
-        with self._console.status("starting the servers"), ThreadPoolExecutor() as pool:
-            folder = stack.enter_context(server_folder())
-            postgres = None if dsn else EmbeddedPostgres(folder / "postgres")
-            kafka = None if bootstrap_servers else EmbeddedKafka(folder / "kafka", jars)
-            starting = []
-            for server in (postgres, kafka):
-                if server:
-                    stack.callback(server.stop)
-                    starting.append(pool.submit(server.start))
-            for started in starting:
-                started.result()
-        if postgres:
-            dsn = postgres.dsn()
-            self._console.print("[green]✓[/] PostgreSQL 18 is up")
-        if kafka:
+                kafka = EmbeddedKafka(folder / "kafka", fetch_kafka(progress))
+            with self._console.status("starting Apache Kafka"):
+                stack.enter_context(running(kafka))
             bootstrap_servers = kafka.bootstrap_servers
-            self._console.print("[green]✓[/] Apache Kafka 4.3 is up")
-        assert dsn
-        assert bootstrap_servers
+            self._console.print(f"[green]✓[/] Apache Kafka at {bootstrap_servers}")
+        if not dsn:
+            postgres = EmbeddedPostgres(folder / "postgres")
+            with self._console.status("starting PostgreSQL"):
+                stack.enter_context(running(postgres))
+            dsn = postgres.dsn()
+            self._console.print(f"[green]✓[/] PostgreSQL at 127.0.0.1:{postgres.port}")
         return dsn, bootstrap_servers
 
     def _run_traffic(self, scene: Scene, relay: RelayProcess, seconds: float) -> None:

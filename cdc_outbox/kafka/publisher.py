@@ -121,7 +121,7 @@ class Publisher:
 
     @property
     def in_flight(self) -> int:
-        """Events handed over whose delivery report has not been served yet."""
+        """Events handed over whose delivery report was not served yet, and librdkafka's notices that were not."""
         return len(self.producer)
 
     def poll(self, timeout_seconds: float) -> None:
@@ -134,7 +134,11 @@ class Publisher:
     def flush(self, timeout_seconds: float) -> None:
         """Send what lingers and serve its reports, waiting at most ``timeout_seconds``. Raises as ``poll`` does."""
         before = len(self.producer)
-        if self.producer.flush(timeout_seconds) < before:
+        try:
+            left = self.producer.flush(timeout_seconds)
+        except KafkaException as error:  # the producer is dead; the report that says of what is still in its queue
+            raise self.explain(error, "") from error
+        if left < before:
             self.unreachable = None
         if self._denied:
             raise self._denied
@@ -160,14 +164,21 @@ class Publisher:
         self.producer.purge(in_queue=True, in_flight=True, blocking=False)
 
     def explain(self, refusal: Any, topic: str) -> CdcOutboxError:
-        return _explain(refusal.args[0], topic)
+        """What a refused call means. If an earlier event was the cause, raises what that one's report means."""
+        error: KafkaError = refusal.args[0]
+        if error.fatal():
+            self.poll(0)
+        return _explain(error, topic)
 
     def on_failure(self, error: KafkaError, message: Message) -> None:
-        """Raise what a failed delivery report means; surfaces from ``poll`` and ``flush``."""
-        headers = dict(message.headers() or ())
-        event_id = headers.get("id") or headers.get("ce_id")
-        name = f"event {event_id.decode(errors='replace')}" if isinstance(event_id, bytes) else "an event"
-        raise _explain(error, message.topic() or "?", name)
+        """Raise what a failed delivery report means; surfaces from ``poll`` and ``flush``.
+
+        The broker refuses a whole batch for one of its events, and a report carries no headers: the first aggregate of
+        the refused batch is what can be named.
+        """
+        key = message.key() or b""
+        aggregate = key.decode(errors="replace") if isinstance(key, bytes) else key
+        raise _explain(error, message.topic() or "?", f"an event of aggregate {aggregate!r}, or one sent with it,")
 
     def _on_error(self, error: KafkaError) -> None:
         if error.code() in _ACCESS:
@@ -193,7 +204,7 @@ def _explain(error: KafkaError, topic: str, event: str = "the event") -> CdcOutb
     if code in _POISON:
         return PoisonEvent(
             f"{event} can never be published to topic {topic}: {reason}",
-            hint="raise the limit (max.message.bytes of the topic, message.max.bytes of kafka.producer), or mend the row",
+            hint="raise the limit (the topic's max.message.bytes, kafka.producer.message.max.bytes), or mend the row",
         )
     if code in _ACCESS:
         return OperatorNeeded(f"topic {topic} must not be written to: {reason}", hint="grant WRITE on the topic")

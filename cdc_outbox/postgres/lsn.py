@@ -1,6 +1,7 @@
 """Log sequence numbers: byte positions in the write-ahead log.
 
-Source: PostgreSQL manual, "pg_lsn Type". The hot loop works on plain ints; everything that is shown or stored is an LSN.
+The hot loop works on plain ints; everything that is shown or kept is an LSN.
+Source: PostgreSQL manual, "pg_lsn Type".
 """
 
 from typing import Self

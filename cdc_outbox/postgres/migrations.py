@@ -115,7 +115,9 @@ def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step
             )
         if not any(_PUBLICATION_FILE in step.title for step in steps):
             table = find_table(connection, target.table)
-            create = sql.SQL("CREATE PUBLICATION {} FOR TABLE {} WITH (publish = 'insert', publish_via_partition_root);")
+            create = sql.SQL(
+                "CREATE PUBLICATION {} FOR TABLE {} WITH (publish = 'insert', publish_via_partition_root);"
+            )
             script = create.format(sql.Identifier(target.publication), sql.Identifier(table.namespace, table.name))
             steps.append(Step(f"create publication {target.publication}", script.as_string(connection)))
     if slot is None:

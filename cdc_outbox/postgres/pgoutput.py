@@ -139,7 +139,7 @@ def compile_insert_reader(relation: Relation, wanted: Sequence[str]) -> InsertRe
             f"   v{position} = None" if take else "",
             "   at += 1",
             "  else:",
-            f"   raise unsupported(frame, {position})",
+            f"   raise unsupported({position})",
         ]
     lines += [
         "  if at == len(frame):",
@@ -149,7 +149,7 @@ def compile_insert_reader(relation: Relation, wanted: Sequence[str]) -> InsertRe
         " raise cut_short(frame)",
     ]
 
-    def unsupported(frame: bytes, position: int) -> MalformedStream:
+    def unsupported(position: int) -> MalformedStream:
         return MalformedStream(f"row of {relation}: column {names[position]} has a value of unknown kind")
 
     def cut_short(frame: bytes) -> MalformedStream:

@@ -10,7 +10,8 @@ import select
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Final
+from types import TracebackType
+from typing import Final, Self
 
 import psycopg
 from psycopg import pq, sql
@@ -29,6 +30,7 @@ SET datestyle = 'ISO'; SET intervalstyle = 'postgres'; SET extra_float_digits = 
 SET bytea_output = 'hex'; SET wal_sender_timeout = '10s'; SELECT repeat(' ', 1048576)
 """
 
+_BROKE: Final = "the replication stream broke"
 _SLOT_NAME: Final = re.compile(r"[a-z0-9_]{1,63}")
 
 
@@ -45,6 +47,7 @@ class ReplicationStream:
             self.connection.execute(_SESSION)
         self._poller = select.poll()
         self._poller.register(self._pgconn.socket, select.POLLIN)
+        self._broken: psycopg.OperationalError | None = None
         #: monotonic seconds at which the server was last heard
         self.heard_at = time.monotonic()
 
@@ -75,16 +78,21 @@ class ReplicationStream:
                     break
                 yield data.tobytes()
         except psycopg.Error as error:
-            raise explain(error, "the replication stream broke") from error
+            raise explain(error, _BROKE) from error
         if size < 0:
             raise self._ended()
+        if self._broken:
+            raise explain(self._broken, _BROKE) from self._broken
 
     def receive(self) -> bool:
         """Take in what the socket has; True if it had something."""
         if not self._poller.poll(0):
             return False
-        with translated("the replication stream broke"):
+        try:
             self._pgconn.consume_input()
+        except psycopg.OperationalError as error:
+            # What arrived before the end, the server's own reason among it, is still to be read: see `frames`.
+            self._broken = error
         self.heard_at = time.monotonic()
         return True
 
@@ -98,19 +106,36 @@ class ReplicationStream:
 
     def send_status(self, confirmed: LSN, *, request_reply: bool = False) -> None:
         update = standby_status_update(confirmed, unix_seconds=time.time(), request_reply=request_reply)
-        with translated("the replication stream broke"):
+        with translated(_BROKE):
             self._pgconn.put_copy_data(update)
             # What does not fit into the socket now goes out with the next one.
             self._pgconn.flush()
 
+    def end(self, timeout_seconds: float) -> None:
+        """End the copy properly: when this returns the last status update has been taken in and the slot is free.
+
+        What the server was about to send is thrown away. Closing with it unread would reset the connection, and the
+        server might never see the update. Best effort: the stream may be broken, or time may be up.
+        """
+        deadline = time.monotonic() + timeout_seconds
+        with suppress(psycopg.Error, SourceUnavailable):
+            self._pgconn.put_copy_end()
+            while self._pgconn.flush() and time.monotonic() < deadline:
+                self.receive()
+            while time.monotonic() < deadline:
+                for _ in self.frames():
+                    pass
+                self._poller.poll(50)
+                self.receive()
+
     def close(self) -> None:
-        """End the copy properly, so that the slot is free when this returns; best effort, it may be broken already."""
-        with suppress(psycopg.Error, OSError):
-            if self._pgconn.transaction_status == pq.TransactionStatus.ACTIVE:
-                self._pgconn.nonblocking = 0
-                self._pgconn.put_copy_end()
-                self._pgconn.flush()
         self.connection.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
 
     def _ended(self) -> CdcOutboxError:
         result = self._pgconn.get_result()

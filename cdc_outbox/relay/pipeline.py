@@ -1,4 +1,4 @@
-"""The pipeline: one frame after another from the stream, through the router, to the publisher, counted by the watermark.
+"""The pipeline: frames from the stream, through the router, to the publisher, counted by the watermark.
 
 Pure: it is handed frames and hands on records. When to read, wait, poll or confirm is `service.session`'s business.
 """

@@ -169,10 +169,10 @@ def check_columns(outbox: Outbox, topic: TopicTemplate, types: Mapping[str, int]
     for field in wanted:
         column = outbox.column(field)
         if column not in types:
-            known = field in outbox.columns
+            mapped = field in outbox.columns
             raise OperatorNeeded(
-                f"table {outbox} has no column {column!r}, wanted for {field if known else 'kafka.topic'}",
-                hint=f"add the column, or {f'name another with outbox.columns.{field}' if known else 'change kafka.topic'}",
+                f"table {outbox} has no column {column!r}, wanted for {field if mapped else 'kafka.topic'}",
+                hint=f"add it, or {f'name another with outbox.columns.{field}' if mapped else 'change kafka.topic'}",
             )
     column = outbox.column("payload")
     if types[column] not in _MEDIA_TYPES:
@@ -243,7 +243,7 @@ def _header_value(value: object) -> bytes | None:
 
 
 def _unhex(text: bytes) -> bytes:
-    """Bytes of a bytea in its hex format, ``\\xDEADBEEF``."""
+    """Bytes of a bytea in its hex format: backslash, x, two digits a byte."""
     try:
         if text[:2] == b"\\x":
             return unhexlify(text[2:])

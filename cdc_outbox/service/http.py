@@ -88,4 +88,3 @@ class HttpServer:
                 """Probes come every few seconds; they are not worth a line."""
 
         return ThreadingHTTPServer(self._address, Handler)
-

@@ -32,6 +32,8 @@ _STALL_SECONDS: Final = 8.0
 #: The longest sleep with nothing to do, and with deliveries to be collected.
 _IDLE_WAIT_SECONDS: Final = 1.0
 _DELIVERY_WAIT_SECONDS: Final = 0.005
+#: How long the server may take to answer the end of the stream.
+_END_SECONDS: Final = 3.0
 #: How often health is looked at.
 _HEALTH_EVERY_SECONDS: Final = 0.25
 
@@ -48,14 +50,14 @@ class SessionPublisher(Publisher, Protocol):
     def probe(self) -> None: ...
 
 
-class _DeadlinePassed(Exception):  # noqa: N818 - it ends the drain, it is not an error
+class _DeadlinePassed(Exception):
     """The time for a clean end is up."""
 
 
 class Session:
     """Raises from ``run`` whatever ends a session other than a requested shutdown."""
 
-    def __init__(  # noqa: PLR0913 - the one place where everything meets
+    def __init__(
         self,
         stream: ReplicationStream,
         publisher: SessionPublisher,
@@ -93,6 +95,7 @@ class Session:
         except _DeadlinePassed:
             pass
         self._send_status()
+        stream.end(_END_SECONDS)
 
     @property
     def unconfirmed_events(self) -> int:

@@ -1,7 +1,7 @@
 """The supervisor: one session after another until somebody asks to stop or an operator is needed.
 
-The one place that decides what is tried again. After any failure decoder, watermark *and producer* are thrown away and
-everything starts from the slot: a late delivery report can then confirm nothing, and no old record passes a replayed one.
+The one place that decides what is tried again. After any failure decoder, watermark *and producer* are thrown away, and
+everything starts from the slot: then a late delivery report confirms nothing, and no old record passes a replayed one.
 """
 
 import gc
@@ -76,8 +76,7 @@ class Supervisor:
         self._next_publisher = None
         topics = Topics(publisher, create=config.kafka.create_topics)
         try:
-            stream = ReplicationStream(self._dsn)
-            try:
+            with ReplicationStream(self._dsn) as stream:
                 router = prepare_router(config, stream.connection, self._topic, topics.require)
                 catalog.check_slot(stream.connection, config.postgres.slot)
                 # A relay that cannot reach Kafka must not keep the slot from one that can.
@@ -87,8 +86,6 @@ class Supervisor:
                 if self._take_slot(stream):
                     self._failures = 0
                     self._relay(Session(stream, publisher, router, self._shutdown, self._health, self._metrics))
-            finally:
-                stream.close()
         finally:
             publisher.close()
 

@@ -1,0 +1,49 @@
+"""Fixtures shared by the integration and acceptance tests. README.md in this folder says how to run them."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+from support.services import OTHER_POSTGRES, installed_postgres_dsn, kafka_bootstrap_servers, postgres_dsn
+from support.world import World, make_world
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[str]:
+    """A superuser's DSN."""
+    with postgres_dsn() as dsn:
+        yield dsn
+
+
+@pytest.fixture(scope="session")
+def kafka() -> Iterator[str]:
+    """Bootstrap servers."""
+    with kafka_bootstrap_servers() as bootstrap_servers:
+        yield bootstrap_servers
+
+
+@pytest.fixture(scope="session")
+def other_postgres() -> Iterator[dict[str, str]]:
+    """DSNs of the other versions installed here, started when first asked for, by version."""
+    with ExitStack() as stack:
+        yield {
+            program.parent.parent.name: stack.enter_context(installed_postgres_dsn(program))
+            for program in OTHER_POSTGRES
+        }
+
+
+@pytest.fixture
+def world(postgres: str, kafka: str) -> Iterator[World]:
+    with make_world(postgres, kafka) as made:
+        yield made
+
+
+@pytest.fixture(params=["default", *(program.parent.parent.name for program in OTHER_POSTGRES)])
+def every_world(request: pytest.FixtureRequest, kafka: str) -> Iterator[World]:
+    """The same test on every PostgreSQL that is here."""
+    if request.param == "default":
+        dsn = request.getfixturevalue("postgres")
+    else:
+        dsn = request.getfixturevalue("other_postgres")[request.param]
+    with make_world(dsn, kafka) as made:
+        yield made

@@ -1,0 +1,76 @@
+"""The checks that `run` makes, each made to fail for real."""
+
+import pytest
+from support.world import World
+
+from cdc_outbox.errors import OperatorNeeded
+from cdc_outbox.postgres import catalog
+from cdc_outbox.postgres.connection import connect
+
+
+def test_everything_is_there(every_world: World) -> None:
+    world = every_world
+    world.migrate()
+    catalog.check_server(world.db)
+    table = catalog.find_table(world.db, "outbox")
+    assert str(table) == "public.outbox"
+    assert list(table.columns)[:3] == ["id", "aggregate_type", "aggregate_id"]
+    assert catalog.check_publication(world.db, "cdc_outbox", table) == []
+    slot = catalog.check_slot(world.db, world.slot)
+    assert slot.lag_bytes is not None
+    assert slot.retained_bytes is not None
+    assert slot.safe_bytes is None
+
+
+@pytest.mark.parametrize("name", ["nope", "app.nope", "a..b", "a b", "", "pg_stat_activity"])
+def test_a_table_that_is_none(every_world: World, name: str) -> None:
+    with pytest.raises(Exception, match=r"does not exist|is not a table name"):
+        catalog.find_table(every_world.db, name)
+
+
+def test_publications(every_world: World) -> None:
+    world = every_world
+    world.migrate()
+    table = catalog.find_table(world.db, "outbox")
+    with pytest.raises(OperatorNeeded, match="publication 'nope' does not exist"):
+        catalog.check_publication(world.db, "nope", table)
+    world.db.execute("CREATE PUBLICATION empty WITH (publish = 'insert')")
+    with pytest.raises(OperatorNeeded, match=r"'empty' does not list table public\.outbox") as caught:
+        catalog.check_publication(world.db, "empty", table)
+    assert 'ALTER PUBLICATION "empty" ADD TABLE "public"."outbox"' in caught.value.hint
+    world.db.execute("CREATE PUBLICATION deletes FOR TABLE outbox WITH (publish = 'delete')")
+    with pytest.raises(OperatorNeeded, match="does not publish inserts"):
+        catalog.check_publication(world.db, "deletes", table)
+    world.db.execute("CREATE PUBLICATION everything FOR ALL TABLES")
+    (waste,) = catalog.check_publication(world.db, "everything", table)
+    assert "more than inserts" in waste
+
+
+def test_a_partitioned_outbox_needs_its_root(every_world: World) -> None:
+    world = every_world
+    world.db.execute("CREATE TABLE parted (id int) PARTITION BY RANGE (id)")
+    world.db.execute("CREATE TABLE parted_1 PARTITION OF parted FOR VALUES FROM (0) TO (10)")
+    table = catalog.find_table(world.db, "parted")
+    world.db.execute("CREATE PUBLICATION leaves FOR TABLE parted")
+    with pytest.raises(OperatorNeeded, match="does not list") as caught:
+        catalog.check_publication(world.db, "leaves", table)
+    assert "publish_via_partition_root" in caught.value.hint
+    world.db.execute("ALTER PUBLICATION leaves SET (publish = 'insert', publish_via_partition_root = true)")
+    assert catalog.check_publication(world.db, "leaves", table) == []
+
+
+def test_slots(every_world: World) -> None:
+    world = every_world
+    with pytest.raises(OperatorNeeded, match="'nope' does not exist"):
+        catalog.check_slot(world.db, "nope")
+    physical, decoding = f"{world.name}_p", f"{world.name}_d"
+    world.db.execute("SELECT pg_create_physical_replication_slot(%s)", [physical])
+    try:
+        with pytest.raises(OperatorNeeded, match="uses physical replication, not pgoutput"):
+            catalog.check_slot(world.db, physical)
+    finally:
+        world.db.execute("SELECT pg_drop_replication_slot(%s)", [physical])
+    world.db.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [decoding])
+    catalog.check_slot(world.db, decoding)
+    with connect(world.admin_dsn) as other, pytest.raises(OperatorNeeded, match="belongs to database"):
+        catalog.check_slot(other, decoding)

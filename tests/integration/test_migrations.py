@@ -1,0 +1,240 @@
+"""sql/ on every PostgreSQL that is here."""
+
+import threading
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import conninfo, sql
+from support.world import World
+
+from cdc_outbox.errors import ConfigurationError, OperatorNeeded
+from cdc_outbox.postgres import catalog, migrations
+from cdc_outbox.postgres.connection import connect
+from cdc_outbox.postgres.migrations import Target
+from cdc_outbox.postgres.stream import ReplicationStream
+
+
+def target(world: World, *, table: str = "public.outbox", publication: str = "cdc_outbox") -> Target:
+    return Target(table, publication, world.slot)
+
+
+def up(world: World, wanted: Target | None = None, *, failover: bool = False) -> list[str]:
+    steps: list[str] = []
+    with connect(world.dsn) as connection:
+        migrations.up(connection, wanted or target(world), failover=failover, report=steps.append)
+    return steps
+
+
+def states(world: World, wanted: Target | None = None) -> list[str]:
+    with connect(world.dsn) as connection:
+        return [stand.state for stand in migrations.status(connection, wanted or target(world))]
+
+
+def test_up_installs_everything_once(every_world: World) -> None:
+    world = every_world
+    assert states(world) == ["pending"] * 4
+    steps = up(world)
+    assert [step.split()[0] for step in steps] == ["apply"] * 4 + ["create"]
+    assert states(world) == ["applied"] * 4
+    assert up(world) == []
+    slot = catalog.find_slot(world.db, world.slot)
+    assert slot
+    assert (slot.plugin, slot.database, slot.active_pid) == ("pgoutput", world.name, None)
+
+
+def test_the_seed_statement_works_as_it_stands(every_world: World) -> None:
+    up(every_world)
+    with psycopg.RawCursor(every_world.db) as cursor:
+        cursor.execute(
+            "INSERT INTO outbox(id, aggregate_id, event_type, payload, created_at) "
+            "VALUES ($1, $2, 'run.created', $3, now());",
+            ["11111111-2222-3333-4444-555555555555", "run-1", "{}"],
+        )
+    row = every_world.db.execute("SELECT aggregate_type, headers FROM outbox").fetchone()
+    assert row == ("event", None)
+
+
+def test_headers_must_be_an_object(every_world: World) -> None:
+    up(every_world)
+    every_world.insert("t", headers='{"a": "b"}')
+    with pytest.raises(psycopg.errors.CheckViolation):
+        every_world.insert("t", headers="[]")
+
+
+def test_the_slot_comes_after_the_publication(every_world: World) -> None:
+    """Rows inserted right after `up` must be decodable with the publication."""
+    world = every_world
+    up(world)
+    world.insert("t")
+    with ReplicationStream(world.dsn) as stream:
+        stream.start(world.slot, "cdc_outbox")
+        stream.wait(5)
+        stream.receive()
+        list(stream.frames())
+
+
+def test_concurrent_ups_wait_for_each_other(every_world: World) -> None:
+    errors: list[BaseException] = []
+    done: list[list[str]] = []
+
+    def migrate() -> None:
+        try:
+            done.append(up(every_world))
+        except BaseException as error:  # noqa: BLE001 - shown below
+            errors.append(error)
+
+    threads = [threading.Thread(target=migrate) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert sorted(map(len, done)) == [0, 0, 0, 5]
+
+
+def test_a_file_changed_after_it_was_applied_is_refused(every_world: World) -> None:
+    world = every_world
+    up(world)
+    world.db.execute("UPDATE cdc_outbox.schema_migration SET sha256 = 'x' WHERE name LIKE '0002%'")
+    assert states(world) == ["applied", "changed", "applied", "applied"]
+    with pytest.raises(OperatorNeeded, match=r"0002_outbox_table\.sql was changed"):
+        up(world)
+
+
+def test_sql_prints_what_up_would_run(every_world: World) -> None:
+    world = every_world
+    with connect(world.dsn) as connection:
+        script = "\n".join(step.script for step in migrations.plan(connection, target(world), failover=False))
+        assert states(world) == ["pending"] * 4, "printing changes nothing"
+        for statement in script.split("COMMIT;"):  # as psql would: not all in one transaction
+            connection.execute(f"{statement} COMMIT;".encode() if "BEGIN;" in statement else statement.encode())
+    assert states(world) == ["applied"] * 4
+    assert up(world) == []
+
+
+def test_an_existing_table_by_configuration_alone(every_world: World) -> None:
+    world = every_world
+    world.db.execute('CREATE SCHEMA "App"')
+    world.db.execute('CREATE TABLE "App".outboxevent (id uuid, aggregatetype text, aggregateid text)')
+    wanted = target(world, table='"App".outboxevent', publication="App events")
+    steps = up(world, wanted)
+    assert [step.split()[0] for step in steps] == ["apply", "apply", "create", "create"]
+    assert states(world, wanted) == ["applied", "not needed", "not needed", "applied"]
+    assert world.db.execute("SELECT to_regclass('public.outbox')").fetchone() == (None,)
+    table = catalog.find_table(world.db, '"App".outboxevent')
+    assert catalog.check_publication(world.db, "App events", table) == []
+    assert up(world, wanted) == []
+
+
+def test_a_table_that_is_not_there_is_named(every_world: World) -> None:
+    with pytest.raises(OperatorNeeded, match=r"table app\.nope does not exist"):
+        up(every_world, target(every_world, table="app.nope"))
+
+
+def test_a_publication_younger_than_the_slot_is_not_made(every_world: World) -> None:
+    world = every_world
+    up(world)
+    world.db.execute("DROP PUBLICATION cdc_outbox")
+    with pytest.raises(OperatorNeeded, match="is older than publication 'cdc_outbox'"):
+        up(world)
+
+
+def test_failover_slots(every_world: World) -> None:
+    world = every_world
+    if catalog.server_major(world.db) < catalog.FAILOVER_SINCE:
+        with pytest.raises(ConfigurationError, match="has no failover slots"):
+            up(world, failover=True)
+        return
+    up(world, failover=True)
+    slot = catalog.find_slot(world.db, world.slot)
+    assert slot
+    assert slot.failover is True
+
+
+def as_role(world: World, role: str, statement: str) -> list[tuple[object, ...]]:
+    with psycopg.connect(world.dsn) as connection:
+        connection.execute(sql.SQL("SET ROLE {}").format(sql.Identifier(role)))
+        cursor = connection.execute(statement.encode())
+        return cursor.fetchall() if cursor.description else []
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "SELECT * FROM public.outbox",
+        "INSERT INTO public.outbox (aggregate_id, event_type) VALUES ('1', 'x')",
+        "DELETE FROM public.outbox",
+        "INSERT INTO cdc_outbox.schema_migration VALUES ('x', 'x')",
+        "CREATE TABLE cdc_outbox.x ()",
+        "DROP PUBLICATION cdc_outbox",
+    ],
+)
+@pytest.mark.parametrize("role", ["cdc_outbox_relay", "cdc_outbox_reader"])
+def test_what_neither_role_may_do(every_world: World, role: str, statement: str) -> None:
+    up(every_world)
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        as_role(every_world, role, statement)
+
+
+def test_the_reader_reads_the_state_and_nothing_else(every_world: World) -> None:
+    world = every_world
+    up(world)
+    assert as_role(world, "cdc_outbox_reader", "SELECT count(*) FROM cdc_outbox.schema_migration") == [(4,)]
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):
+        as_role(world, "cdc_outbox_relay", "SELECT * FROM cdc_outbox.schema_migration")
+    world.db.execute("CREATE TABLE cdc_outbox.later (x int)")
+    assert as_role(world, "cdc_outbox_reader", "SELECT * FROM cdc_outbox.later") == []
+    role = "SELECT rolcanlogin, rolreplication, rolsuper FROM pg_roles WHERE rolname = %s"
+    assert world.db.execute(role, ["cdc_outbox_reader"]).fetchone() == (False, False, False)
+
+
+def test_the_relay_role_streams(every_world: World) -> None:
+    world = every_world
+    up(world)
+    role = "SELECT rolcanlogin, rolreplication, rolsuper, rolcreatedb, rolcreaterole FROM pg_roles WHERE rolname = %s"
+    assert world.db.execute(role, ["cdc_outbox_relay"]).fetchone() == (True, True, False, False, False)
+    world.db.execute("ALTER ROLE cdc_outbox_relay PASSWORD 'streams'")
+    world.insert("t")
+    with ReplicationStream(conninfo.make_conninfo(world.dsn, user="cdc_outbox_relay", password="streams")) as stream:
+        table = catalog.find_table(stream.connection, "public.outbox")
+        catalog.check_publication(stream.connection, "cdc_outbox", table)
+        catalog.check_slot(stream.connection, world.slot)
+        stream.start(world.slot, "cdc_outbox")
+
+
+def test_without_the_right_to_make_roles_the_rest_is_installed(every_world: World) -> None:
+    """As on a managed service. The roles of a server are shared, so they are hidden by dropping them meanwhile."""
+    world = every_world
+    owner = f"{world.name}_owner"
+    world.db.execute(f"CREATE ROLE {owner} LOGIN REPLICATION PASSWORD 'x'".encode())
+    try:
+        world.db.execute(f"ALTER DATABASE {world.name} OWNER TO {owner}".encode())
+        world.db.execute(f"GRANT CREATE ON SCHEMA public TO {owner}".encode())
+        for role in ("cdc_outbox_relay", "cdc_outbox_reader"):
+            world.db.execute(f"ALTER ROLE {role} RENAME TO {role}_hidden".encode()) if role_exists(
+                world, role
+            ) else None
+        as_owner = conninfo.make_conninfo(world.dsn, user=owner, password="x")
+        with connect(as_owner) as connection:
+            migrations.up(connection, target(world), failover=False, report=lambda _: None)
+        assert states(world) == ["applied"] * 4
+        assert not role_exists(world, "cdc_outbox_relay")
+    finally:
+        for role in ("cdc_outbox_relay", "cdc_outbox_reader"):
+            if role_exists(world, f"{role}_hidden"):
+                world.db.execute(f"ALTER ROLE {role}_hidden RENAME TO {role}".encode())
+        world.db.execute(
+            f"REASSIGN OWNED BY {owner} TO CURRENT_USER; DROP OWNED BY {owner}; DROP ROLE {owner}".encode()
+        )
+
+
+def role_exists(world: World, role: str) -> bool:
+    return world.db.execute("SELECT FROM pg_roles WHERE rolname = %s", [role]).rowcount > 0
+
+
+def test_every_file_says_why() -> None:
+    files = migrations.load_migrations()
+    assert [migration.name[:4] for migration in files] == [f"{number:04}" for number in range(1, len(files) + 1)]
+    assert all("-- Why: " in migration.text for migration in files)
+    assert [path.name for path in sorted((Path(__file__).parents[2] / "sql").iterdir())] == [m.name for m in files]

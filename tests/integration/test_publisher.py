@@ -1,0 +1,151 @@
+"""The publisher against a real broker."""
+
+import uuid
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from support.java_partitioner import partition_of
+from support.waiting import wait_until
+from support.world import create_topic, read_topic
+
+from cdc_outbox.demo.ports import free_port
+from cdc_outbox.errors import BrokerUnavailable, OperatorNeeded, PoisonEvent
+from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.kafka.topics import Topics
+
+
+@pytest.fixture
+def publisher(kafka: str) -> Iterator[Publisher]:
+    made = Publisher(kafka, {}, max_in_flight=1000)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def topic(kafka: str) -> str:
+    name = f"test.{uuid.uuid4().hex}"
+    create_topic(kafka, name)
+    return name
+
+
+def flush(publisher: Publisher) -> None:
+    def empty() -> bool:
+        publisher.flush(0.1)
+        return not publisher.in_flight
+
+    wait_until(empty, "nothing is in flight")
+
+
+def test_keys_and_partitions_are_those_of_a_java_producer(publisher: Publisher, topic: str, kafka: str) -> None:
+    keys = [b"", b"a", b"abc", "grüße".encode(), b"0123456789" * 30, *(b"order-%d" % number for number in range(500))]
+    delivered: list[Any] = []
+    for key in keys:
+        publisher.publish(topic, b"v", key, -1, lambda error, _: delivered.append(error), None, 1000, [("id", b"1")])
+    flush(publisher)
+    assert delivered == [None] * len(keys)
+    messages = read_topic(kafka, topic, len(keys))
+    assert sorted(message.key() or b"" for message in messages) == sorted(keys)
+    assert {message.partition() for message in messages} == set(range(6))
+    for message in messages:
+        used = message.key()
+        if (
+            isinstance(used, bytes) and used
+        ):  # librdkafka's murmur2_random takes an empty key for none, as it takes a missing one
+            assert message.partition() == partition_of(used, 6), used
+
+
+def test_value_headers_and_timestamp_arrive_as_they_were_given(publisher: Publisher, topic: str, kafka: str) -> None:
+    headers = [("id", b"1"), ("type", None), ("ä", "ö".encode()), ("id", b"again")]
+    publisher.publish(topic, b"\x00\xff", b"k", -1, publisher_callback, None, 1_714_979_289_123, headers)
+    publisher.publish(topic, None, b"k", -1, publisher_callback, None, 1_714_979_289_123, [])
+    flush(publisher)
+    first, tombstone = read_topic(kafka, topic, 2)
+    assert (first.value(), first.timestamp()[1], first.headers()) == (b"\x00\xff", 1_714_979_289_123, headers)
+    assert tombstone.value() is None
+
+
+def publisher_callback(error: Any, _message: Any) -> None:
+    assert error is None
+
+
+def test_no_broker(kafka: str) -> None:
+    publisher = Publisher(f"127.0.0.1:{free_port()}", {}, max_in_flight=10)
+    with pytest.raises(BrokerUnavailable, match="no broker answers at 127"):
+        publisher.connect(0.5)
+    publisher.close()
+
+
+def test_topics_are_required(publisher: Publisher, topic: str) -> None:
+    topics = Topics(publisher, create=False)
+    topics.connect()
+    topics.require(topic)
+    with pytest.raises(OperatorNeeded, match=r"topic test\.nope does not exist") as caught:
+        topics.require("test.nope")
+    assert "kafka.create_topics" in caught.value.hint
+
+
+def test_topics_are_created_when_asked(publisher: Publisher, kafka: str) -> None:
+    name = f"test.{uuid.uuid4().hex}"
+    topics = Topics(publisher, create=True)
+    topics.require(name)
+    publisher.publish(name, b"v", b"k", -1, publisher_callback, None, 0, [])
+    flush(publisher)
+    assert len(read_topic(kafka, name, 1)) == 1
+
+
+def test_a_topic_that_cannot_be_created_is_named(publisher: Publisher) -> None:
+    with pytest.raises(OperatorNeeded, match="topic no/topic cannot be created"):
+        Topics(publisher, create=True).require("no/topic")
+
+
+def reports_to(publisher: Publisher, delivered: list[bytes]) -> Callable[[Any, Any], None]:
+    def on_delivery(error: Any, message: Any) -> None:
+        if error is not None:
+            publisher.on_failure(error, message)
+        delivered.append(message.value())
+
+    return on_delivery
+
+
+def test_what_the_broker_refuses_for_good_is_poison_and_nothing_passes_it(publisher: Publisher, kafka: str) -> None:
+    name = f"test.{uuid.uuid4().hex}"
+    create_topic(kafka, name, partitions=1, **{"max.message.bytes": "2000"})
+    delivered: list[bytes] = []
+    on_delivery = reports_to(publisher, delivered)
+
+    def publish(value: bytes) -> None:
+        publisher.publish(name, value, b"k", -1, on_delivery, None, 0, [("id", b"e-1")])
+
+    publish(b"small")
+    flush(publisher)
+    incompressible = uuid.uuid4().bytes + b"".join(uuid.uuid4().bytes for _ in range(500))
+    publish(incompressible)
+    for _ in range(20):
+        publish(b"after")
+    with pytest.raises(PoisonEvent, match=rf"aggregate 'k', .* can never be published to topic {name}: MSG_SIZE"):
+        flush(publisher)
+    assert delivered == [b"small"]
+    assert [message.value() for message in read_topic(kafka, name, 1)] == [b"small"]
+
+
+def test_what_the_client_refuses_is_poison(kafka: str, topic: str) -> None:
+    publisher = Publisher(kafka, {"message.max.bytes": 2000}, max_in_flight=10)
+    with pytest.raises(publisher.refusal) as caught:
+        publisher.publish(topic, b"x" * 3000, b"k", -1, publisher_callback, None, 0, [])
+    error = publisher.explain(caught.value, topic)
+    assert isinstance(error, PoisonEvent)
+    assert "MSG_SIZE_TOO_LARGE" in error.message
+    publisher.close()
+
+
+def test_in_flight_is_bounded(kafka: str, topic: str) -> None:
+    publisher = Publisher(kafka, {}, max_in_flight=10)
+    for _ in range(10):
+        publisher.publish(topic, b"v", b"k", -1, publisher_callback, None, 0, [])
+    with pytest.raises(BufferError):
+        publisher.publish(topic, b"v", b"k", -1, publisher_callback, None, 0, [])
+    assert publisher.in_flight >= 10
+    flush(publisher)
+    publisher.publish(topic, b"v", b"k", -1, publisher_callback, None, 0, [])
+    flush(publisher)

@@ -1,0 +1,164 @@
+"""The replication stream against real servers, of every version that is here."""
+
+import psycopg
+import pytest
+from support import golden
+from support.waiting import wait_until
+from support.world import World, drop_database
+
+from cdc_outbox.errors import ConfigurationError, OperatorNeeded, SlotInUse, SourceUnavailable
+from cdc_outbox.postgres import pgoutput
+from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.postgres.stream import ReplicationStream
+
+
+def read_until_commits(stream: ReplicationStream, commits: int) -> list[bytes]:
+    frames: list[bytes] = []
+
+    def enough() -> bool:
+        frames.extend(stream.frames())
+        stream.receive()
+        return sum(frame[25:26] == b"C" for frame in frames) >= commits
+
+    wait_until(enough, f"{commits} commits")
+    return frames
+
+
+def ids(frames: list[bytes]) -> list[bytes]:
+    relation = next(pgoutput.read_relation(frame) for frame in frames if frame[25:26] == b"R")
+    read = pgoutput.compile_insert_reader(relation, ["aggregate_id"])
+    return [read(frame)[0] for frame in frames if frame[25:26] == b"I"]
+
+
+def test_committed_rows_come_in_commit_order_and_no_others(every_world: World) -> None:
+    world = every_world
+    world.migrate()
+    with psycopg.connect(world.dsn) as other, world.db.transaction():
+        world.insert("t", "1")
+        other.execute("INSERT INTO outbox (aggregate_id, event_type) VALUES ('2', 'x')")
+        other.commit()
+        other.execute("INSERT INTO outbox (aggregate_id, event_type) VALUES ('rolled back', 'x')")
+        other.rollback()
+        with world.db.transaction(force_rollback=True):
+            world.insert("t", "savepoint")
+        world.insert("t", "3")
+    with world.db.cursor().copy("COPY outbox (aggregate_id, event_type) FROM STDIN") as copy:
+        copy.write("4\tx\n5\tx\n")
+    with ReplicationStream(world.dsn) as stream:
+        stream.start(world.slot, "cdc_outbox")
+        assert ids(read_until_commits(stream, 3)) == [b"2", b"1", b"3", b"4", b"5"]
+
+
+def test_what_is_confirmed_is_not_sent_again(every_world: World) -> None:
+    world = every_world
+    world.migrate()
+    world.insert("t", "1")
+    world.insert("t", "2")
+    with ReplicationStream(world.dsn) as stream:
+        stream.start(world.slot, "cdc_outbox")
+        frames = read_until_commits(stream, 2)
+        first_commit = next(frame for frame in frames if frame[25:26] == b"C")
+        end_lsn = LSN(pgoutput.read_commit(first_commit)[2])
+        stream.send_status(end_lsn)
+        stream.end(5)
+        assert world.confirmed_lsn() == end_lsn
+    with ReplicationStream(world.dsn) as stream:
+        stream.start(world.slot, "cdc_outbox")
+        assert ids(read_until_commits(stream, 1)) == [b"2"]
+
+
+def test_golden_bytes_are_still_what_this_server_sends(every_world: World) -> None:
+    frames = golden.capture(every_world.dsn)
+    inserts = [frame for frame in frames if frame[25:26] == b"I"]
+    relations = [pgoutput.read_relation(frame) for frame in frames if frame[25:26] == b"R"]
+    assert [len(relation.columns) for relation in relations] == [8, 9]
+    read = pgoutput.compile_insert_reader(relations[0], ["raw", "at"])
+    assert read(inserts[0]) == (b"\\xdeadbeef", b"2024-02-29 12:00:00.5+00")
+
+
+def test_text_does_not_depend_on_the_database_settings(every_world: World) -> None:
+    for setting in ("bytea_output = 'escape'", "datestyle = 'German'", "timezone = 'Asia/Tokyo'"):
+        every_world.db.execute(f'ALTER DATABASE "{every_world.name}" SET {setting}'.encode())
+    test_golden_bytes_are_still_what_this_server_sends(every_world)
+
+
+def test_a_slot_has_one_reader(every_world: World) -> None:
+    world = every_world
+    world.migrate()
+    with ReplicationStream(world.dsn) as first, ReplicationStream(world.dsn) as second:
+        first.start(world.slot, "cdc_outbox")
+        with pytest.raises(SlotInUse, match="is active for PID"):
+            second.start(world.slot, "cdc_outbox")
+        first.end(5)
+        second.start(world.slot, "cdc_outbox")
+
+
+def test_a_missing_slot_needs_an_operator(every_world: World) -> None:
+    missing = pytest.raises(OperatorNeeded, match='"nope" does not exist')
+    with ReplicationStream(every_world.dsn) as stream, missing:
+        stream.start("nope", "cdc_outbox")
+
+
+def test_a_slot_name_must_be_one(world: World) -> None:
+    with ReplicationStream(world.dsn) as stream, pytest.raises(ConfigurationError, match="is not a slot name"):
+        stream.start('x" LOGICAL 0/0; --', "cdc_outbox")
+
+
+def test_odd_publication_names_are_quoted(every_world: World) -> None:
+    world = every_world
+    name = """it's "odd", really"""
+    world.db.execute("CREATE TABLE odd (aggregate_id text)")
+    world.db.execute(psycopg.sql.SQL("CREATE PUBLICATION {} FOR TABLE odd").format(psycopg.sql.Identifier(name)))
+    with ReplicationStream(world.dsn) as stream:
+        stream.create_temporary_slot(f"tmp_{world.name}")
+        stream.start(f"tmp_{world.name}", name)
+        world.db.execute("INSERT INTO odd VALUES ('1')")
+        assert ids(read_until_commits(stream, 1)) == [b"1"]
+
+
+def test_a_terminated_walsender_is_unavailable_and_says_why(every_world: World) -> None:
+    world = every_world
+    world.migrate()
+    with ReplicationStream(world.dsn) as stream:
+        stream.start(world.slot, "cdc_outbox")
+        world.db.execute(
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s", [world.slot]
+        )
+
+        def broken() -> bool:
+            list(stream.frames())
+            return stream.receive() and False
+
+        with pytest.raises(SourceUnavailable, match="terminating connection due to administrator command"):
+            wait_until(broken, "an error")
+
+
+def test_a_large_row_comes_whole(every_world: World) -> None:
+    world = every_world
+    world.migrate()
+    payload = '{"x": "' + "ä" * 3_000_000 + '"}'
+    world.insert("t", payload=payload)
+    with ReplicationStream(world.dsn) as stream:
+        stream.start(world.slot, "cdc_outbox")
+        frames = read_until_commits(stream, 1)
+        relation = next(pgoutput.read_relation(frame) for frame in frames if frame[25:26] == b"R")
+        (insert,) = [frame for frame in frames if frame[25:26] == b"I"]
+        assert pgoutput.compile_insert_reader(relation, ["payload"])(insert) == (payload.encode(),)
+
+
+def test_text_is_utf8_whatever_the_database_encoding(world: World) -> None:
+    name = f"{world.name}_latin1"
+    world.db.execute(
+        f"CREATE DATABASE {name} ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0".encode()
+    )
+    dsn = psycopg.conninfo.make_conninfo(world.admin_dsn, dbname=name)
+    latin1 = World(name, world.admin_dsn, dsn, "", psycopg.connect(dsn, autocommit=True))
+    try:
+        latin1.migrate()
+        latin1.insert("t", "grüße")
+        with ReplicationStream(dsn) as stream:
+            stream.start(latin1.slot, "cdc_outbox")
+            assert ids(read_until_commits(stream, 1)) == ["grüße".encode()]
+    finally:
+        latin1.db.close()
+        drop_database(world.db, name)

@@ -1,0 +1,205 @@
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support import frames
+
+from cdc_outbox.errors import CdcOutboxError, MalformedStream, PoisonEvent
+from cdc_outbox.relay.pipeline import BATCH_EVENTS, Pipeline
+from cdc_outbox.relay.router import Outbox, Router, TopicTemplate
+
+OUTBOX = {"id": 2950, "aggregate_type": 25, "aggregate_id": 25, "event_type": 25, "payload": 114}
+RELATION = frames.relation(7, "outbox", OUTBOX)
+
+
+class Refused(Exception):
+    pass
+
+
+class FakePublisher:
+    """Takes what is published; delivers when told."""
+
+    refusal: type[Exception] = Refused
+
+    def __init__(self, *, room: int = 10**9) -> None:
+        self.room = room
+        self.taken: list[tuple[Any, ...]] = []
+        self.refuse = False
+
+    def publish(self, *record: Any) -> None:
+        if self.refuse:
+            raise Refused
+        if not self.room:
+            raise BufferError
+        self.room -= 1
+        self.taken.append(record)
+
+    def deliver(self, count: int | None = None) -> None:
+        for record in self.taken[:count]:
+            record[4](None, None)
+        del self.taken[:count]
+
+    def explain(self, refusal: Any, topic: str) -> CdcOutboxError:
+        return PoisonEvent(f"refused by {topic}: {refusal!r}")
+
+    def on_failure(self, error: Any, message: Any) -> None:
+        raise AssertionError(error, message)
+
+
+def make(publisher: FakePublisher, wait_for_room: Any = None) -> Pipeline:
+    outbox = Outbox("public", "outbox", {name: name for name in OUTBOX})
+    router = Router(outbox, TopicTemplate("outbox.{aggregate_type}"), "plain", "", lambda _: None)
+    return Pipeline(router, publisher, wait_for_room or (lambda: pytest.fail("no room")))
+
+
+def event(number: int) -> bytes:
+    return frames.insert(7, [b"e%d" % number, b"order", b"a", b"t", b"{}"])
+
+
+def transaction(commit_lsn: int, *events: bytes) -> list[bytes]:
+    return [frames.begin(commit_lsn, time_us=1000), *events, frames.commit(commit_lsn, commit_lsn + 1)]
+
+
+def test_one_event_walks_through() -> None:
+    publisher = FakePublisher()
+    pipeline = make(publisher)
+    pipeline.feed([RELATION, *transaction(10, event(1))])
+    (record,) = publisher.taken
+    assert record[:4] == ("outbox.order", b"{}", b"a", -1)
+    assert record[6:] == (946_684_800_001, [("id", b"e1"), ("type", b"t")])
+    pipeline.watermark.close_batch()
+    assert pipeline.watermark.advance() == []
+    publisher.deliver()
+    (batch,) = pipeline.watermark.advance()
+    assert pipeline.watermark.settled_lsn == 11, "end LSN, not commit LSN"
+    assert dict(batch.per_topic) == {"outbox.order": 1}
+    assert batch.first_commit_time_ms == 946_684_800_001
+
+
+def test_batches_close_at_transaction_ends_by_size() -> None:
+    publisher = FakePublisher()
+    pipeline = make(publisher)
+    big = [event(number) for number in range(BATCH_EVENTS + 5)]
+    pipeline.feed([RELATION, *transaction(10, event(0)), *transaction(20, *big), *transaction(30, event(1))])
+    publisher.deliver()
+    (batch,) = pipeline.watermark.advance()
+    assert sum(batch.per_topic.values()) == BATCH_EVENTS + 6
+    assert pipeline.watermark.settled_lsn == 21
+
+
+def test_back_pressure_waits_and_loses_nothing() -> None:
+    publisher = FakePublisher(room=2)
+    waits = []
+
+    def wait_for_room() -> None:
+        waits.append(len(publisher.taken))
+        if len(waits) % 2 == 0:  # the first time there is still none
+            publisher.room += 2
+
+    pipeline = make(publisher, wait_for_room)
+    pipeline.feed([RELATION, *transaction(10, *map(event, range(6)))])
+    assert [record[7][0][1] for record in publisher.taken] == [b"e%d" % number for number in range(6)]
+    assert waits == [2, 2, 4, 4]
+    assert pipeline.watermark.current.outstanding == 6
+
+
+def test_draining_stops_at_the_transaction_end_and_leaves_the_rest_unread() -> None:
+    publisher = FakePublisher()
+    pipeline = make(publisher)
+    stream = iter([*transaction(10, event(1), event(2)), *transaction(20, event(3))])
+    pipeline.feed([RELATION, next(stream), next(stream)])
+    pipeline.draining = True
+    assert pipeline.in_transaction
+    pipeline.feed(stream)
+    assert not pipeline.in_transaction
+    assert len(publisher.taken) == 2
+    assert next(stream) == frames.begin(20, time_us=1000)
+
+
+def test_keepalives() -> None:
+    pipeline = make(FakePublisher())
+    pipeline.feed([frames.keepalive(5)])
+    assert (pipeline.wal_end, pipeline.reply_requested) == (5, False)
+    pipeline.feed([frames.keepalive(9, reply=True), frames.keepalive(10)])
+    assert (pipeline.wal_end, pipeline.reply_requested) == (10, True)
+
+
+def test_rows_of_other_tables_and_other_changes_are_no_events() -> None:
+    publisher = FakePublisher()
+    other = frames.relation(8, "other", {"x": 23})
+    noise = [frames.xlog_data(tag + b"anything") for tag in (b"O", b"Y", b"M", b"U", b"D", b"T")]
+    pipeline = make(publisher)
+    pipeline.feed([other, *transaction(10, frames.insert(8, [b"1"]), *noise)])
+    assert publisher.taken == []
+
+
+def test_a_changed_table_gets_a_new_plan() -> None:
+    publisher = FakePublisher()
+    pipeline = make(publisher)
+    wider = frames.relation(7, "outbox", {"extra": 25, **OUTBOX})
+    row = frames.insert(7, [b"x", b"e2", b"order", b"a", b"t", b"{}"])
+    pipeline.feed([RELATION, *transaction(10, event(1)), wider, *transaction(20, row)])
+    assert [record[7][0] for record in publisher.taken] == [("id", b"e1"), ("id", b"e2")]
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        [event(1)],
+        [frames.begin(10), event(1)],
+        [RELATION, event(1)],
+        [RELATION, frames.begin(10), frames.insert(7, [b"1"])],
+        [frames.begin(10), frames.begin(20)],
+        [frames.commit(10, 11)],
+        [frames.begin(10), frames.commit(9, 11)],
+        [frames.xlog_data(b"S")],
+        [frames.xlog_data(b"")],
+        [b""],
+        [b"z"],
+    ],
+    ids=[
+        "insert first", "insert unannounced", "insert outside", "insert with fewer columns", "begin twice",
+        "commit alone", "commit of another", "streaming", "empty message", "empty frame", "unknown frame",
+    ],
+)  # fmt: skip
+def test_a_stream_that_breaks_the_protocol_is_refused(stream: list[bytes]) -> None:
+    publisher = FakePublisher()
+    with pytest.raises(MalformedStream):
+        make(publisher).feed(stream)
+    assert publisher.taken == []
+
+
+@given(st.lists(st.binary(max_size=60) | st.binary(max_size=60).map(frames.xlog_data), max_size=5))
+def test_arbitrary_frames_give_the_one_error_or_nothing(stream: list[bytes]) -> None:
+    pipeline = make(FakePublisher())
+    pipeline.feed([RELATION])
+    try:
+        pipeline.feed(stream)
+    except CdcOutboxError:
+        return
+
+
+def test_poison_and_refusals_are_located() -> None:
+    publisher = FakePublisher()
+    pipeline = make(publisher)
+    pipeline.feed([RELATION, frames.begin(0x10), event(1)])
+    with pytest.raises(PoisonEvent, match=r"NULL \(event 2 of the transaction that commits at 0/10\)"):
+        pipeline.feed([frames.insert(7, [b"e", b"order", None, b"t", b"{}"])])
+    publisher.refuse = True
+    pipeline = make(publisher)
+    with pytest.raises(PoisonEvent, match=r"refused by outbox.order: Refused\(\) \(event 1 of"):
+        pipeline.feed([RELATION, frames.begin(0x10), event(1)])
+
+
+def test_the_watermark_follows_any_chunking() -> None:
+    stream = [RELATION, *transaction(10, event(1), event(2)), *transaction(20), *transaction(30, event(3))]
+    for cut in range(len(stream)):
+        publisher = FakePublisher()
+        pipeline = make(publisher)
+        pipeline.feed(stream[:cut])
+        pipeline.feed(stream[cut:])
+        publisher.deliver()
+        pipeline.watermark.close_batch()
+        pipeline.watermark.advance()
+        assert pipeline.watermark.settled_lsn == 31

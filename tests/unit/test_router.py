@@ -1,0 +1,194 @@
+import re
+from collections.abc import Callable
+
+import pytest
+from support import frames
+
+from cdc_outbox.errors import ConfigurationError, MalformedStream, OperatorNeeded, PoisonEvent
+from cdc_outbox.postgres.pgoutput import Column, Relation
+from cdc_outbox.relay.router import HeaderStyle, Outbox, Record, Router, TopicTemplate
+
+JSON, JSONB, TEXT, BYTEA, UUID, TIMESTAMPTZ = 114, 3802, 25, 17, 2950, 1184
+COLUMNS = {
+    "id": UUID,
+    "aggregate_type": TEXT,
+    "aggregate_id": TEXT,
+    "event_type": TEXT,
+    "payload": JSON,
+    "headers": JSON,
+    "created_at": TIMESTAMPTZ,
+}
+ROW: dict[str, bytes | None] = {
+    "id": b"e-1",
+    "aggregate_type": b"order",
+    "aggregate_id": b"o-1",
+    "event_type": b"order.placed",
+    "payload": b'{"a":  1}',
+    "headers": None,
+    "created_at": b"2024-01-01",
+}
+FIELDS = {name: name for name in ("id", "aggregate_type", "aggregate_id", "event_type", "payload")}
+#: 2024-05-06T07:08:09.123Z
+COMMIT_TIME_MS = 1_714_979_289_123
+
+
+def relation(columns: dict[str, int]) -> Relation:
+    return Relation(7, "public", "outbox", tuple(Column(name, oid) for name, oid in columns.items()))
+
+
+def route(
+    row: dict[str, bytes | None],
+    *,
+    columns: dict[str, int] = COLUMNS,
+    fields: dict[str, str] = FIELDS,
+    topic: str = "outbox.{aggregate_type}",
+    pattern: str | None = None,
+    style: HeaderStyle = "plain",
+    require_topic: Callable[[str], None] = lambda _: None,
+) -> Record:
+    outbox = Outbox("public", "outbox", fields)
+    router = Router(outbox, TopicTemplate(topic, pattern), style, "/postgresql/db/public.outbox", require_topic)
+    plan = router.compile(relation(columns))
+    assert plan
+    return Record(*plan(frames.insert(7, [row[name] for name in columns]), COMMIT_TIME_MS))
+
+
+def test_plain() -> None:
+    assert route(ROW) == ("outbox.order", b'{"a":  1}', b"o-1", [("id", b"e-1"), ("type", b"order.placed")])
+
+
+def test_own_headers_follow() -> None:
+    headers = '{"traceparent": "00-1-2-01", "ä": "ö", "n": 1, "no": null, "deep": {"x": [true]}}'
+    assert route({**ROW, "headers": headers.encode()}).headers[2:] == [
+        ("traceparent", b"00-1-2-01"),
+        ("ä", "ö".encode()),
+        ("n", b"1"),
+        ("no", None),
+        ("deep", b'{"x":[true]}'),
+    ]
+
+
+@pytest.mark.parametrize("headers", [b"[]", b'"x"', b"{", b'{"a": "\\ud800"}'])
+def test_headers_that_are_none_are_poison(headers: bytes) -> None:
+    with pytest.raises(PoisonEvent, match="e-1: its headers"):
+        route({**ROW, "headers": headers})
+
+
+def test_debezium() -> None:
+    assert route(ROW, style="debezium").headers == [("id", b"e-1")]
+
+
+def test_cloudevents() -> None:
+    assert dict(route(ROW, style="cloudevents").headers) == {
+        "ce_specversion": b"1.0",
+        "ce_id": b"e-1",
+        "ce_source": b"/postgresql/db/public.outbox",
+        "ce_type": b"order.placed",
+        "ce_subject": b"o-1",
+        "ce_time": b"2024-05-06T07:08:09.123+00:00",
+        "content-type": b"application/json",
+    }
+
+
+@pytest.mark.parametrize(
+    ("type_oid", "sent", "value", "media_type"),
+    [
+        (JSON, b'{"a":  1}', b'{"a":  1}', b"application/json"),
+        (JSONB, b'{"a": 1}', b'{"a": 1}', b"application/json"),
+        (TEXT, "grüße\n".encode(), "grüße\n".encode(), b"text/plain; charset=utf-8"),
+        (BYTEA, b"\\x00ff5c78", b"\x00\xff\\x", b"application/octet-stream"),
+        (BYTEA, b"\\x", b"", b"application/octet-stream"),
+        (JSON, None, None, b"application/json"),
+        (BYTEA, None, None, b"application/octet-stream"),
+    ],
+)
+def test_payload(type_oid: int, sent: bytes | None, value: bytes | None, media_type: bytes) -> None:
+    record = route({**ROW, "payload": sent}, columns={**COLUMNS, "payload": type_oid}, style="cloudevents")
+    assert record.value == value
+    assert dict(record.headers)["content-type"] == media_type
+
+
+@pytest.mark.parametrize("sent", [b"DEADBEEF", b"\\xABC", b"\\xgg", b""])
+def test_a_bytea_that_is_not_hex_is_refused(sent: bytes) -> None:
+    with pytest.raises(MalformedStream, match="hex"):
+        route({**ROW, "payload": sent}, columns={**COLUMNS, "payload": BYTEA})
+
+
+def test_debezium_style_table_in_any_column_order() -> None:
+    columns = {"payload": JSONB, "type": TEXT, "aggregateid": TEXT, "aggregatetype": TEXT, "id": UUID}
+    row: dict[str, bytes | None] = dict(zip(columns, [b"{}", b"t", b"a", b"k", b"i"], strict=True))
+    fields = {**FIELDS, "aggregate_type": "aggregatetype", "aggregate_id": "aggregateid", "event_type": "type"}
+    record = route(row, columns=columns, fields=fields)
+    assert record == ("outbox.k", b"{}", b"a", [("id", b"i"), ("type", b"t")])
+
+
+def test_topic_of_several_columns_and_of_none() -> None:
+    assert route(ROW, topic="{event_type}-{aggregate_type}").topic == "order.placed-order"
+    assert route(ROW, topic="all").topic == "all"
+
+
+def test_a_topic_is_required_once() -> None:
+    asked: list[str] = []
+    outbox = Outbox("public", "outbox", FIELDS)
+    router = Router(outbox, TopicTemplate("outbox.{aggregate_type}"), "plain", "", asked.append)
+    plan = router.compile(relation(COLUMNS))
+    assert plan
+    for kind in (b"a", b"b", b"a"):
+        plan(frames.insert(7, [{**ROW, "aggregate_type": kind}[name] for name in COLUMNS]), 1)
+    assert asked == ["outbox.a", "outbox.b"]
+
+
+@pytest.mark.parametrize("name", [b"a b", "ä".encode(), b"a/b", b"", b"x" * 250, b"a\n", b"\xff"])
+def test_data_cannot_name_an_illegal_topic(name: bytes) -> None:
+    with pytest.raises(PoisonEvent, match="does not match"):
+        route({**ROW, "aggregate_type": name})
+
+
+def test_data_cannot_name_a_topic_outside_the_pattern() -> None:
+    pattern = r"outbox\.(order|run)"
+    assert route(ROW, pattern=pattern).topic == "outbox.order"
+    with pytest.raises(PoisonEvent, match=re.escape(repr("outbox.orders"))):
+        route({**ROW, "aggregate_type": b"orders"}, pattern=pattern)
+
+
+def test_null_where_there_must_be_a_value_is_poison() -> None:
+    with pytest.raises(PoisonEvent, match="aggregate id is NULL"):
+        route({**ROW, "aggregate_id": None})
+    with pytest.raises(PoisonEvent, match="column aggregate_type is NULL"):
+        route({**ROW, "aggregate_type": None})
+
+
+@pytest.mark.parametrize("template", ["", "a{", "a}", "{}", "{a!r}", "{a:>9}"])
+def test_bad_templates(template: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"kafka\.topic = "):
+        TopicTemplate(template)
+
+
+def test_bad_pattern() -> None:
+    with pytest.raises(ConfigurationError, match=r"kafka\.topic_pattern"):
+        TopicTemplate("a", "(")
+
+
+@pytest.mark.parametrize("missing", ["id", "aggregate_id", "event_type", "payload", "aggregate_type"])
+def test_a_missing_column_is_named(missing: str) -> None:
+    columns = {name: oid for name, oid in COLUMNS.items() if name != missing}
+    with pytest.raises(OperatorNeeded, match=f"no column '{missing}'") as caught:
+        route(ROW, columns=columns)
+    assert f"outbox.columns.{missing}" in caught.value.hint
+
+
+def test_headers_are_needed_only_when_they_were_mapped() -> None:
+    columns = {name: oid for name, oid in COLUMNS.items() if name != "headers"}
+    assert route(ROW, columns=columns).headers == [("id", b"e-1"), ("type", b"order.placed")]
+    with pytest.raises(OperatorNeeded, match="'meta'"):
+        route(ROW, columns=columns, fields={**FIELDS, "headers": "meta"})
+
+
+def test_a_payload_of_another_type_is_refused() -> None:
+    with pytest.raises(OperatorNeeded, match="cannot be a payload"):
+        route(ROW, columns={**COLUMNS, "payload": TIMESTAMPTZ})
+
+
+def test_other_relations_have_no_plan() -> None:
+    router = Router(Outbox("app", "outbox", FIELDS), TopicTemplate("t"), "plain", "", lambda _: None)
+    assert router.compile(relation(COLUMNS)) is None
