@@ -80,11 +80,12 @@ class EmbeddedKafka:
             self._folder.mkdir(parents=True, exist_ok=True)
             properties.write_text("".join(f"{key}={value}\n" for key, value in self._properties().items()))
             cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
-            self._java("kafka.tools.StorageTool", "format", "-t", cluster, "-c", str(properties)).wait()
+            if self._java("kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "-c", str(properties)).wait():
+                raise RuntimeError(self._said("Kafka's storage was not formatted"))
         self._process = self._java("kafka.Kafka", str(properties))
         if not wait_for_port(self.port, timeout_seconds=_START_SECONDS):
             self.kill()
-            raise RuntimeError(f"Kafka did not start; see {self.log}:\n{self.log.read_text()[-2000:]}")
+            raise RuntimeError(self._said("Kafka did not start"))
 
     def stop(self) -> None:
         if self._process is not None:
@@ -98,6 +99,9 @@ class EmbeddedKafka:
         if self._process is not None:
             self._process.kill()
             self._process.wait()
+
+    def _said(self, what: str) -> str:
+        return f"{what}; it said: {self.log.read_text()[-2000:]}"
 
     def _properties(self) -> dict[str, str]:
         controller = f"127.0.0.1:{self._controller_port}"
@@ -115,6 +119,9 @@ class EmbeddedKafka:
             "transaction.state.log.replication.factor": "1",
             "transaction.state.log.min.isr": "1",
             "group.initial.rebalance.delay.ms": "0",
+            # a broker that was killed may come back at once, not after its old registration's nine seconds
+            "broker.session.timeout.ms": "1000",
+            "broker.heartbeat.interval.ms": "200",
             **self._settings,
         }
 

@@ -61,6 +61,15 @@ class RelayProcess:
                 time.sleep(0.02)
         raise CheckFailed(f"the relay did not become ready; it said: {self.said()}")
 
+    def metric(self, sample: str) -> float | None:
+        """The value of a sample, written as /metrics writes it: name and labels; None if it is not there."""
+        with urlopen(f"http://{self.address}/metrics", timeout=5) as answer:
+            for line in answer.read().decode().splitlines():
+                name, _, value = line.rpartition(" ")
+                if name == sample:
+                    return float(value)
+        return None
+
     def said(self) -> str:
         """The end of its output."""
         return self._log.read_text()[-1000:].strip()

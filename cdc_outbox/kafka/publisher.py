@@ -6,7 +6,6 @@ Source: librdkafka's CONFIGURATION.md and INTRODUCTION.md ("Idempotent Producer"
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import Any, Final
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -50,9 +49,10 @@ _DEFAULTS: Final[dict[str, str | int | bool]] = {
     "client.id": "cdc-outbox",
     "linger.ms": 5,
     "compression.type": "lz4",
+    # a broker that is back is found within a second, not ten
+    "reconnect.backoff.max.ms": 1000,
     # what is in flight is bounded in bytes too, so that large payloads do not cost memory by their number
     "queue.buffering.max.kbytes": 32 * 1024,
-    "log.connection.close": False,
 }
 
 _POISON: Final = frozenset(
@@ -82,7 +82,7 @@ _MISSING: Final = frozenset(
     }
 )
 
-_PROBE_SECONDS: Final = 0.2
+_PROBE_SECONDS: Final = 0.5
 
 MISSING_TOPIC_HINT: Final = "create it (kafka-topics.sh --create --topic ...), or set kafka.create_topics = true"
 
@@ -114,9 +114,10 @@ class Publisher:
             raise ConfigurationError(f"kafka.producer: {reason}", hint="see librdkafka's CONFIGURATION.md") from error
         #: the hot call: nothing between the pipeline and librdkafka
         self.publish: Callable[..., None] = self.producer.produce
-        #: why no broker at all can be reached at the moment; None while one can
+        #: why no broker can be reached at the moment; None while one can
         self.unreachable: str | None = None
-        self._last_trouble = ""
+        #: what librdkafka last complained of, until a broker has answered again
+        self._trouble: str | None = None
         self._denied: OperatorNeeded | None = None
 
     @property
@@ -126,20 +127,16 @@ class Publisher:
 
     def poll(self, timeout_seconds: float) -> None:
         """Serve delivery reports, waiting for the first at most ``timeout_seconds``. Raises what a failed one means."""
-        if self.producer.poll(timeout_seconds):
-            self.unreachable = None
+        self.producer.poll(timeout_seconds)
         if self._denied:
             raise self._denied
 
     def flush(self, timeout_seconds: float) -> None:
         """Send what lingers and serve its reports, waiting at most ``timeout_seconds``. Raises as ``poll`` does."""
-        before = len(self.producer)
         try:
-            left = self.producer.flush(timeout_seconds)
+            self.producer.flush(timeout_seconds)
         except KafkaException as error:  # the producer is dead; the report that says of what is still in its queue
             raise self.explain(error, "") from error
-        if left < before:
-            self.unreachable = None
         if self._denied:
             raise self._denied
 
@@ -149,15 +146,18 @@ class Publisher:
             topics = self.producer.list_topics(timeout=timeout_seconds).topics
         except KafkaException as error:
             self.poll(0)
-            reason = self._last_trouble or error.args[0].str()
+            reason = self._trouble or error.args[0].str()
             raise BrokerUnavailable(f"no broker answers at {self._bootstrap_servers}: {reason}") from error
-        self.unreachable = None
+        self._trouble = self.unreachable = None
         return set(topics)
 
     def probe(self) -> None:
-        """See whether a broker that was gone is back."""
-        with suppress(BrokerUnavailable):
-            self.connect(_PROBE_SECONDS)
+        """If librdkafka complained, find out whether any broker answers; one of several that fails is no trouble."""
+        if self._trouble:
+            try:
+                self.connect(_PROBE_SECONDS)
+            except BrokerUnavailable:
+                self.unreachable = self._trouble
 
     def close(self) -> None:
         """Forget what is still queued. Its reports reach a batch that no watermark looks at any more."""
@@ -186,10 +186,8 @@ class Publisher:
                 f"Kafka at {self._bootstrap_servers} refuses us: {error.str()}",
                 hint="check kafka.producer's security.protocol, sasl.* and ssl.*",
             )
-        elif error.code() == KafkaError._ALL_BROKERS_DOWN:  # noqa: SLF001
-            self.unreachable = self._last_trouble or error.str()
-        else:
-            self._last_trouble = error.str()
+        elif error.code() != KafkaError._ALL_BROKERS_DOWN or not self._trouble:  # noqa: SLF001 - it says less
+            self._trouble = error.str()
 
 
 def refuse_broken_promises(settings: ProducerSettings) -> None:

@@ -13,7 +13,7 @@ from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.relay.router import Router, RowPlan
 from cdc_outbox.relay.watermark import Watermark
 
-#: A batch is closed at the first transaction end at which it has this many events (or when the input runs dry).
+#: A batch is closed at the first transaction end at which it has this many events, or at which a read ends.
 #: Small enough that little is resent after a crash, large enough that its cost vanishes.
 BATCH_EVENTS: Final = 500
 
@@ -77,9 +77,10 @@ class Pipeline:
             plan = plans.get(frame[head])
             if plan is None:
                 self.ordinal = ordinal
-                if self._control(frame):
-                    return
+                done = self._control(frame)
                 batch, commit_time_ms, ordinal = self.watermark.current, self._commit_time_ms, self.ordinal
+                if done:
+                    break
                 continue
             if not commit_time_ms:
                 raise MalformedStream("an Insert outside a transaction")
@@ -99,6 +100,8 @@ class Pipeline:
                 except refusal as error:
                     raise self._located(self._publisher.explain(error, topic), ordinal) from error
         self.ordinal = ordinal
+        if not self.open_commit_lsn:
+            self.watermark.close_batch()
 
     def _control(self, frame: bytes) -> bool:
         """Take in everything but events. True when the pipeline is draining and stands between transactions."""
@@ -141,7 +144,8 @@ class Pipeline:
         self.wal_end = wal_end
         batch = self.watermark.current
         batch.end_lsn = end_lsn
-        if batch.outstanding >= BATCH_EVENTS:
+        batch.events += self.ordinal
+        if batch.events >= BATCH_EVENTS:
             self.watermark.close_batch()
 
     def _located(self, error: CdcOutboxError, ordinal: int) -> CdcOutboxError:

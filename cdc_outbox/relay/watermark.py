@@ -23,7 +23,7 @@ class Batch:
     Unconfirmable (``end_lsn`` 0) until the transaction of its last event has committed in the stream.
     """
 
-    __slots__ = ("_on_failure", "end_lsn", "first_commit_time_ms", "outstanding", "per_topic")
+    __slots__ = ("_on_failure", "end_lsn", "events", "first_commit_time_ms", "outstanding", "per_topic")
 
     def __init__(self, on_failure: OnFailure) -> None:
         self._on_failure = on_failure
@@ -33,6 +33,8 @@ class Batch:
         self.first_commit_time_ms = 0
         #: events counted in and not yet acknowledged
         self.outstanding = 0
+        #: events of the transactions that have committed
+        self.events = 0
         #: events by topic, for the metrics
         self.per_topic: defaultdict[str, int] = defaultdict(int)
 

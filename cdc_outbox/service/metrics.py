@@ -78,11 +78,10 @@ class Metrics:
         Info("cdc_outbox_build", "Version", registry=self.registry).info({"version": __version__})
 
     def batch_settled(self, batch: Batch) -> None:
-        events = sum(batch.per_topic.values())
         for topic, count in batch.per_topic.items():
             self.events_published.labels(topic).inc(count)
-        if events:
-            self._commit_to_ack.observe(max(0.0, time.time() - batch.first_commit_time_ms / 1000), events)
+        if batch.events:
+            self._commit_to_ack.observe(max(0.0, time.time() - batch.first_commit_time_ms / 1000), batch.events)
 
     def watch_oldest(self, commit_time_ms: int) -> None:
         """Unix milliseconds of the oldest unsettled commit, 0 if everything is settled."""

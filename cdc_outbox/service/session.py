@@ -110,8 +110,6 @@ class Session:
         return not self._pipeline.in_transaction
 
     def _input_ran_dry(self) -> None:
-        if not self._pipeline.in_transaction:
-            self._watermark.close_batch()
         if self._publisher.in_flight:
             self._publisher.flush(_FLUSH_SECONDS)
         self._settle()
@@ -135,7 +133,6 @@ class Session:
         self._report(self._stream.heard_at)
 
     def _drain(self) -> None:
-        self._watermark.close_batch()
         while self._publisher.in_flight:
             self._check_deadline()
             self._publisher.flush(min(0.1, self._shutdown.seconds_left))
@@ -188,8 +185,7 @@ class Session:
         silence = now - self._stream.heard_at
         if silence > _SILENCE_GIVEN_UP_SECONDS:
             raise SourceUnavailable(f"the server has been silent for {silence:.0f} s")
-        if self._publisher.unreachable and not in_flight:
-            self._publisher.probe()  # no delivery will tell that the broker is back
+        self._publisher.probe()
         if self._publisher.unreachable:
             self._health.become("waiting", f"no broker can be reached: {self._publisher.unreachable}")
         elif now - self._acknowledged_at > _STALL_SECONDS:

@@ -48,11 +48,9 @@ def test_keys_and_partitions_are_those_of_a_java_producer(publisher: Publisher, 
     assert sorted(message.key() or b"" for message in messages) == sorted(keys)
     assert {message.partition() for message in messages} == set(range(6))
     for message in messages:
-        used = message.key()
-        if (
-            isinstance(used, bytes) and used
-        ):  # librdkafka's murmur2_random takes an empty key for none, as it takes a missing one
-            assert message.partition() == partition_of(used, 6), used
+        used = message.key() or b""
+        assert isinstance(used, bytes)
+        assert message.partition() == partition_of(used, 6), used
 
 
 def test_value_headers_and_timestamp_arrive_as_they_were_given(publisher: Publisher, topic: str, kafka: str) -> None:

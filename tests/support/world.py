@@ -124,6 +124,11 @@ def insert(db: psycopg.Connection[Any], table: str, row: Mapping[str, Any]) -> N
     db.execute(statement, list(row.values()))
 
 
+def headers_of(message: Message) -> list[tuple[str, str | None]]:
+    pairs: list[tuple[str, Any]] = list(message.headers() or [])  # type: ignore[arg-type] # never a dict on receipt
+    return [(name, None if value is None else value.decode()) for name, value in pairs]
+
+
 def create_topic(bootstrap_servers: str, topic: str, *, partitions: int = PARTITIONS, **config: str) -> None:
     admin = AdminClient({"bootstrap.servers": bootstrap_servers})
     admin.create_topics([NewTopic(topic, partitions, 1, config=config)])[topic].result()

@@ -43,6 +43,7 @@ def test_a_settled_batch() -> None:
     batch = Batch(lambda *_: None)
     batch.first_commit_time_ms = int((time.time() - 3) * 1000)
     batch.per_topic.update({"a": 2, "b": 1})
+    batch.events = 3
     metrics.batch_settled(batch)
     metrics.batch_settled(batch)
     assert value(metrics, "cdc_outbox_events_published_total", topic="a") == 4

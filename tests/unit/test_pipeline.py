@@ -68,7 +68,6 @@ def test_one_event_walks_through() -> None:
     (record,) = publisher.taken
     assert record[:4] == ("outbox.order", b"{}", b"a", -1)
     assert record[6:] == (946_684_800_001, [("id", b"e1"), ("type", b"t")])
-    pipeline.watermark.close_batch()
     assert pipeline.watermark.advance() == []
     publisher.deliver()
     (batch,) = pipeline.watermark.advance()
@@ -82,10 +81,21 @@ def test_batches_close_at_transaction_ends_by_size() -> None:
     pipeline = make(publisher)
     big = [event(number) for number in range(BATCH_EVENTS + 5)]
     pipeline.feed([RELATION, *transaction(10, event(0)), *transaction(20, *big), *transaction(30, event(1))])
-    publisher.deliver()
+    publisher.deliver(BATCH_EVENTS + 6)
     (batch,) = pipeline.watermark.advance()
-    assert sum(batch.per_topic.values()) == BATCH_EVENTS + 6
+    assert (batch.events, batch.per_topic) == (BATCH_EVENTS + 6, {"outbox.order": BATCH_EVENTS + 6})
     assert pipeline.watermark.settled_lsn == 21
+
+
+def test_a_batch_closes_where_a_read_ends_even_if_its_events_were_acknowledged_meanwhile() -> None:
+    publisher = FakePublisher()
+    pipeline = make(publisher)
+    pipeline.feed([RELATION, frames.begin(10, time_us=1000), event(1)])
+    publisher.deliver()
+    assert pipeline.watermark.advance() == [], "the transaction is open"
+    pipeline.feed([frames.commit(10, 11)])
+    (batch,) = pipeline.watermark.advance()
+    assert (batch.events, pipeline.watermark.settled_lsn) == (1, 11)
 
 
 def test_back_pressure_waits_and_loses_nothing() -> None:
@@ -101,7 +111,10 @@ def test_back_pressure_waits_and_loses_nothing() -> None:
     pipeline.feed([RELATION, *transaction(10, *map(event, range(6)))])
     assert [record[7][0][1] for record in publisher.taken] == [b"e%d" % number for number in range(6)]
     assert waits == [2, 2, 4, 4]
-    assert pipeline.watermark.current.outstanding == 6
+    publisher.deliver(5)
+    assert pipeline.watermark.advance() == []
+    publisher.deliver()
+    assert [batch.events for batch in pipeline.watermark.advance()] == [6]
 
 
 def test_draining_stops_at_the_transaction_end_and_leaves_the_rest_unread() -> None:
@@ -115,6 +128,9 @@ def test_draining_stops_at_the_transaction_end_and_leaves_the_rest_unread() -> N
     assert not pipeline.in_transaction
     assert len(publisher.taken) == 2
     assert next(stream) == frames.begin(20, time_us=1000)
+    publisher.deliver()
+    pipeline.watermark.advance()
+    assert pipeline.watermark.settled_lsn == 11, "what was read can be confirmed"
 
 
 def test_keepalives() -> None:
@@ -200,6 +216,5 @@ def test_the_watermark_follows_any_chunking() -> None:
         pipeline.feed(stream[:cut])
         pipeline.feed(stream[cut:])
         publisher.deliver()
-        pipeline.watermark.close_batch()
         pipeline.watermark.advance()
         assert pipeline.watermark.settled_lsn == 31
