@@ -128,3 +128,12 @@ def test_http_address() -> None:
     dsn = {"dsn": "x"}
     assert Config.model_validate({"postgres": dsn, "http": {"listen": "[::1]:80"}}).http.address() == ("::1", 80)
     assert Config.model_validate({"postgres": dsn, "http": {"listen": ""}}).http.address() is None
+
+
+def test_the_example_names_every_key_with_its_default() -> None:
+    example = load_config(Path(__file__).parents[2] / "deploy" / "cdc-outbox.toml")
+    assert example.kafka.bootstrap_servers
+    assert {**redacted(example), "kafka.bootstrap_servers": None} == {
+        **redacted(load_config(None)),
+        "kafka.bootstrap_servers": None,
+    }
