@@ -96,8 +96,16 @@ class Publisher:
 
     refusal: type[Exception] = KafkaException
 
-    def __init__(self, bootstrap_servers: str, settings: ProducerSettings, *, max_in_flight: int) -> None:
+    def __init__(
+        self,
+        bootstrap_servers: str,
+        settings: ProducerSettings,
+        *,
+        max_in_flight: int,
+        count_failure: Callable[[str, str], None] = lambda _topic, _reason: None,
+    ) -> None:
         self._bootstrap_servers = bootstrap_servers
+        self._count_failure = count_failure
         self.client_settings: dict[str, Any] = {
             **_DEFAULTS,
             **settings,
@@ -168,6 +176,7 @@ class Publisher:
         error: KafkaError = refusal.args[0]
         if error.fatal():
             self.poll(0)
+        self._count_failure(topic, error.name())
         return _explain(error, topic)
 
     def on_failure(self, error: KafkaError, message: Message) -> None:
@@ -176,9 +185,11 @@ class Publisher:
         The broker refuses a whole batch for one of its events, and a report carries no headers: the first aggregate of
         the refused batch is what can be named.
         """
+        topic = message.topic() or ""
+        self._count_failure(topic, error.name())
         key = message.key() or b""
         aggregate = key.decode(errors="replace") if isinstance(key, bytes) else key
-        raise _explain(error, message.topic() or "?", f"an event of aggregate {aggregate!r}, or one sent with it,")
+        raise _explain(error, topic, f"an event of aggregate {aggregate!r}, or one sent with it,")
 
     def _on_error(self, error: KafkaError) -> None:
         if error.code() in _ACCESS:

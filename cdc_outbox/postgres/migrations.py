@@ -19,7 +19,14 @@ import psycopg
 from psycopg import sql
 
 from cdc_outbox.errors import OperatorNeeded
-from cdc_outbox.postgres.catalog import check_publication, check_slot, create_slot_sql, find_slot, find_table
+from cdc_outbox.postgres.catalog import (
+    check_publication,
+    check_server,
+    check_slot,
+    create_slot_sql,
+    find_slot,
+    find_table,
+)
 from cdc_outbox.postgres.connection import Connection, translated
 
 #: Any number, as long as every cdc-outbox uses the same one: 'cdcob' in ASCII.
@@ -135,6 +142,7 @@ def up(connection: Connection, target: Target, *, failover: bool, report: Report
 
     Raises OperatorNeeded; ConfigurationError as ``plan`` does.
     """
+    check_server(connection)
     with _advisory_lock(connection):
         for step in plan(connection, target, failover=failover):
             report(step.title)

@@ -118,7 +118,7 @@ class ReplicationStream:
         server might never see the update. Best effort: the stream may be broken, or time may be up.
         """
         deadline = time.monotonic() + timeout_seconds
-        with suppress(psycopg.Error, SourceUnavailable):
+        with suppress(psycopg.Error, CdcOutboxError):
             self._pgconn.put_copy_end()
             while self._pgconn.flush() and time.monotonic() < deadline:
                 self.receive()

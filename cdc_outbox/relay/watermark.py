@@ -58,7 +58,7 @@ class Watermark:
         self.settled_lsn = LSN(0)
 
     def close_batch(self) -> None:
-        """Queue the current batch, which must end with its transaction, and begin another."""
+        """Queue the current batch and begin another. It will confirm the last transaction that committed in it."""
         if self.current.end_lsn:
             self._queue.append(self.current)
             self.current = Batch(self._on_failure)

@@ -4,6 +4,7 @@ Liveness never depends on Kafka or PostgreSQL: restarting the relay would mend n
 """
 
 import errno
+import socket
 import threading
 import time
 from http import HTTPStatus
@@ -19,6 +20,14 @@ from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
 
 _RETRY_SECONDS: Final = 1.0
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
+        self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
+        super().__init__(address, handler)
 
 
 class HttpServer:
@@ -87,4 +96,4 @@ class HttpServer:
             def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the name is http.server's
                 """Probes come every few seconds; they are not worth a line."""
 
-        return ThreadingHTTPServer(self._address, Handler)
+        return _Server(self._address, Handler)

@@ -83,6 +83,9 @@ class Metrics:
         if batch.events:
             self._commit_to_ack.observe(max(0.0, time.time() - batch.first_commit_time_ms / 1000), batch.events)
 
+    def publish_failed(self, topic: str, reason: str) -> None:
+        self.publish_failures.labels(topic, reason).inc()
+
     def watch_oldest(self, commit_time_ms: int) -> None:
         """Unix milliseconds of the oldest unsettled commit, 0 if everything is settled."""
         self._oldest_commit_time_ms = commit_time_ms

@@ -5,9 +5,10 @@ decided lies in `relay`; what happens after an error, in `service.supervisor`.
 """
 
 import time
+from contextlib import suppress
 from typing import Final, Protocol
 
-from cdc_outbox.errors import SourceUnavailable
+from cdc_outbox.errors import CdcOutboxError, OperatorNeeded, SourceUnavailable
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.relay.pipeline import Pipeline, Publisher
@@ -34,6 +35,8 @@ _IDLE_WAIT_SECONDS: Final = 1.0
 _DELIVERY_WAIT_SECONDS: Final = 0.005
 #: How long the server may take to answer the end of the stream.
 _END_SECONDS: Final = 3.0
+#: How long Kafka may take to acknowledge what came before an event that cannot be published.
+_LAST_DRAIN_SECONDS: Final = 5.0
 #: How often health is looked at.
 _HEALTH_EVERY_SECONDS: Final = 0.25
 
@@ -91,9 +94,12 @@ class Session:
                 self._report(time.monotonic())
                 if not stream.receive():
                     self._input_ran_dry()
-            self._drain()
+            self._drain(self._shutdown.seconds_left)
         except _DeadlinePassed:
             pass
+        except OperatorNeeded:
+            self._settle_what_came_before()
+            raise
         self._send_status()
         stream.end(_END_SECONDS)
 
@@ -127,17 +133,31 @@ class Session:
     def _wait_for_room(self) -> None:
         """As much is in flight as may be: stop reading, keep polling Kafka and keep the server informed."""
         self._check_deadline()
+        if not self._publisher.in_flight:
+            raise OperatorNeeded(
+                "an event does not fit into librdkafka's queue",
+                hint="set kafka.producer.queue.buffering.max.kbytes above the largest payload",
+            )
         self._publisher.poll(0.05)
         self._settle()
         self._stream.heard_at = time.monotonic()  # not listening is not silence
         self._report(self._stream.heard_at)
 
-    def _drain(self) -> None:
-        while self._publisher.in_flight:
-            self._check_deadline()
-            self._publisher.flush(min(0.1, self._shutdown.seconds_left))
+    def _drain(self, timeout_seconds: float) -> None:
+        """Wait until nothing is in flight, at most ``timeout_seconds``."""
+        deadline = time.monotonic() + timeout_seconds
+        while self._publisher.in_flight and (left := deadline - time.monotonic()) > 0:
+            self._publisher.flush(min(0.1, left))
             self._settle()
             self._report(time.monotonic())
+
+    def _settle_what_came_before(self) -> None:
+        """An operator is needed: confirm what came before the trouble, so that no restart sends it again."""
+        with suppress(CdcOutboxError):
+            self._watermark.close_batch()
+            self._drain(_LAST_DRAIN_SECONDS)
+            self._send_status()
+            self._stream.end(_END_SECONDS)
 
     def _check_deadline(self) -> None:
         if not self._shutdown.seconds_left:

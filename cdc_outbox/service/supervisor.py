@@ -83,19 +83,20 @@ class Supervisor:
                 topics.connect()
                 if not self._topic.fields:
                     topics.require(self._topic.text)
-                if self._take_slot(stream):
+                if self._take_slot(stream, publisher):
                     self._failures = 0
                     self._relay(Session(stream, publisher, router, self._shutdown, self._health, self._metrics))
         finally:
             publisher.close()
 
-    def _take_slot(self, stream: ReplicationStream) -> bool:
+    def _take_slot(self, stream: ReplicationStream, publisher: Publisher) -> bool:
         """Wait for the slot, as a standby while another relay has it. False if asked to stop meanwhile."""
         while not self._shutdown.requested:
             try:
                 stream.start(self._config.postgres.slot, self._config.postgres.publication)
             except SlotInUse as error:
                 self._health.become("standby", error.message)
+                publisher.poll(0)  # librdkafka's notices are not to pile up
                 self._shutdown.sleep(_STANDBY_SECONDS)
             else:
                 self._health.become("streaming")
@@ -122,7 +123,10 @@ class Supervisor:
 
     def _make_publisher(self) -> Publisher:
         return Publisher(
-            self._bootstrap_servers, self._config.kafka.producer, max_in_flight=self._config.relay.max_in_flight
+            self._bootstrap_servers,
+            self._config.kafka.producer,
+            max_in_flight=self._config.relay.max_in_flight,
+            count_failure=self._metrics.publish_failed,
         )
 
     def _watch_slot(self) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -318,17 +319,45 @@ def without_http(world: World) -> dict[str, str]:
 def test_poison_stops_the_relay_before_anything_passes_it(world: World) -> None:
     world.migrate()
     aggregate_type = world.create_topic()
+    good = world.insert(aggregate_type)
+    before = world.current_lsn()
+    world.insert("no topic", payload='{"secret": "payload"}')
     world.insert(aggregate_type)
-    event_id = world.insert("no topic")
-    world.insert(aggregate_type, payload='{"after": "it"}')
+    for _ in range(2):
+        done = command.run(world.environment, "run")
+        assert done.exit_code == 3
+        assert "topic 'outbox.no topic' does not match" in done.error
+        assert "event 1 of the transaction that commits at 0/" in done.error
+        assert "secret" not in done.err
+        assert world.confirmed_lsn() == before, "what came before is confirmed, and sent once"
+    assert delivered_ids(world, aggregate_type, 1) == [good]
+
+
+def test_an_event_too_large_for_the_topic_stops_the_relay_and_nothing_passes_it(world: World) -> None:
+    world.migrate()
+    topic = f"outbox.{world.name}_small"
+    create_topic(world.bootstrap_servers, topic, partitions=1, **{"max.message.bytes": "3000"})
+    incompressible = json.dumps({"x": "".join(str(uuid.uuid4()) for _ in range(300))})
+    with world.db.transaction():
+        world.insert(f"{world.name}_small", payload=incompressible)
+        world.insert(f"{world.name}_small")
     done = command.run(world.environment, "run")
     assert done.exit_code == 3
-    assert "topic 'outbox.no topic' does not match" in done.error
-    assert "event 1 of the transaction that commits at 0/" in done.error
-    assert '"after"' not in done.err
-    assert event_id
-    values = [message.value() for message in world.read(aggregate_type, 0, timeout_seconds=5)]
-    assert b'{"after": "it"}' not in values
+    assert f"can never be published to topic {topic}: MSG_SIZE_TOO_LARGE" in done.error
+    assert "max.message.bytes" in done.error
+    assert read_topic(world.bootstrap_servers, topic, 0) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [("MESSAGE_MAX_BYTES", "2000", "MSG_SIZE_TOO_LARGE"), ("QUEUE_BUFFERING_MAX_KBYTES", "2", "max.kbytes")],
+)
+def test_an_event_too_large_for_the_client_stops_the_relay(world: World, key: str, value: str, named: str) -> None:
+    world.migrate()
+    world.insert(world.create_topic(), payload=json.dumps({"x": "x" * 4000}))
+    done = command.run({**world.environment, f"CDC_OUTBOX_KAFKA__PRODUCER__{key}": value}, "run")
+    assert done.exit_code == 3
+    assert named in done.error
 
 
 def test_a_server_that_is_not_there_is_waited_for(world: World, start_relay: StartRelay) -> None:
