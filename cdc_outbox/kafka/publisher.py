@@ -82,7 +82,9 @@ _MISSING: Final = frozenset(
     }
 )
 
+#: How long a broker may take to answer a probe, and the report of what killed a producer to be served.
 _PROBE_SECONDS: Final = 0.5
+_REPORT_SECONDS: Final = 0.5
 
 MISSING_TOPIC_HINT: Final = "create it (kafka-topics.sh --create --topic ...), or set kafka.create_topics = true"
 
@@ -135,16 +137,17 @@ class Publisher:
 
     def poll(self, timeout_seconds: float) -> None:
         """Serve delivery reports, waiting for the first at most ``timeout_seconds``. Raises what a failed one means."""
-        self.producer.poll(timeout_seconds)
-        if self._denied:
-            raise self._denied
+        self._serve(self.producer.poll, timeout_seconds)
 
     def flush(self, timeout_seconds: float) -> None:
         """Send what lingers and serve its reports, waiting at most ``timeout_seconds``. Raises as ``poll`` does."""
+        self._serve(self.producer.flush, timeout_seconds)
+
+    def _serve(self, serve: Callable[[float], int], timeout_seconds: float) -> None:
         try:
-            self.producer.flush(timeout_seconds)
-        except KafkaException as error:  # the producer is dead; the report that says of what is still in its queue
-            raise self.explain(error, "") from error
+            serve(timeout_seconds)
+        except KafkaException as error:  # fatal: the producer is dead, and says so here instead of to `error_cb`
+            raise self.explain(error, "any") from error
         if self._denied:
             raise self._denied
 
@@ -175,7 +178,7 @@ class Publisher:
         """What a refused call means. If an earlier event was the cause, raises what that one's report means."""
         error: KafkaError = refusal.args[0]
         if error.fatal():
-            self.poll(0)
+            self.poll(_REPORT_SECONDS)
         self._count_failure(topic, error.name())
         return _explain(error, topic)
 

@@ -47,7 +47,11 @@ class ReplicationStream:
             self.connection.execute(_SESSION)
         self._poller = select.poll()
         self._poller.register(self._pgconn.socket, select.POLLIN)
-        self._broken: psycopg.OperationalError | None = None
+        self._watched: int | None = None
+        #: why the stream is over, once it is
+        self._end: CdcOutboxError | None = None
+        #: a frame that `receive` found and `frames` has not given yet
+        self._next: bytes | None = None
         #: monotonic seconds at which the server was last heard
         self.heard_at = time.monotonic()
 
@@ -71,6 +75,9 @@ class ReplicationStream:
     def frames(self) -> Iterator[bytes]:
         """The frames that are complete in libpq's buffer. Raises SourceUnavailable when the stream has ended."""
         get_copy_data = self._pgconn.get_copy_data
+        if self._next is not None:
+            frame, self._next = self._next, None
+            yield frame
         try:
             while True:
                 size, data = get_copy_data(1)
@@ -78,31 +85,46 @@ class ReplicationStream:
                     break
                 yield data.tobytes()
         except psycopg.Error as error:
-            raise explain(error, _BROKE) from error
+            raise self._end or explain(error, _BROKE) from error
         if size < 0:
-            raise self._ended()
-        if self._broken:
-            raise explain(self._broken, _BROKE) from self._broken
+            self._end = self._explain_end()
+        if self._end:
+            raise self._end
 
     def receive(self) -> bool:
-        """Take in what the socket has; True if it had something."""
-        if not self._poller.poll(0):
-            return False
+        """Take in what has arrived; True if `frames` has something to give (or to raise), False if all ran dry."""
         try:
-            self._pgconn.consume_input()
+            # Twice over TLS: a record may have fitted into libpq's buffer only in part, and the rest, already out of
+            # the socket, would not wake `wait`.
+            for _ in range(2 if self._pgconn.ssl_in_use else 1):
+                self._pgconn.consume_input()
+            size, data = self._pgconn.get_copy_data(1)
         except psycopg.OperationalError as error:
-            # What arrived before the end, the server's own reason among it, is still to be read: see `frames`.
-            self._broken = error
-        self.heard_at = time.monotonic()
-        return True
+            # Raised by `frames` after what arrived before it: the server's own reason may be among that.
+            self._end = explain(error, _BROKE)
+            return True
+        if size > 0:
+            self._next = data.tobytes()
+            self.heard_at = time.monotonic()
+        elif size < 0:
+            self._end = self._explain_end()
+        return size != 0
 
     def wait(self, timeout_seconds: float) -> None:
         """Sleep until the socket has something (or a watched descriptor has), at most ``timeout_seconds``."""
-        self._poller.poll(timeout_seconds * 1000)
+        for descriptor, _ in self._poller.poll(timeout_seconds * 1000):
+            if descriptor == self._pgconn.socket:  # perhaps a piece of a large frame: the server is there
+                self.heard_at = time.monotonic()
 
     def watch(self, descriptor: int) -> None:
-        """Let ``wait`` wake up for another file descriptor too."""
+        """Let ``wait`` wake up for another file descriptor too, until ``unwatch``."""
+        self._watched = descriptor
         self._poller.register(descriptor, select.POLLIN)
+
+    def unwatch(self) -> None:
+        if self._watched is not None:
+            self._poller.unregister(self._watched)
+            self._watched = None
 
     def send_status(self, confirmed: LSN, *, request_reply: bool = False) -> None:
         update = standby_status_update(confirmed, unix_seconds=time.time(), request_reply=request_reply)
@@ -125,7 +147,7 @@ class ReplicationStream:
             while time.monotonic() < deadline:
                 for _ in self.frames():
                     pass
-                self._poller.poll(50)
+                self.wait(0.05)
                 self.receive()
 
     def close(self) -> None:
@@ -137,7 +159,7 @@ class ReplicationStream:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
 
-    def _ended(self) -> CdcOutboxError:
+    def _explain_end(self) -> CdcOutboxError:
         result = self._pgconn.get_result()
         if result is None or result.status in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.COPY_IN):
             return SourceUnavailable("the server ended the replication stream")

@@ -54,6 +54,7 @@ class Pipeline:
         self.open_commit_lsn = 0
         #: events of that transaction so far: with the commit LSN, an event's identity in the stream
         self.ordinal = 0
+        self._committed_events = 0
         #: the furthest position the server has told us about
         self.wal_end = 0
         self.reply_requested = False
@@ -63,6 +64,12 @@ class Pipeline:
     @property
     def in_transaction(self) -> bool:
         return self.open_commit_lsn != 0
+
+    @property
+    def acknowledged_events(self) -> int:
+        """Over the pipeline's life; to see whether it moves, not to count by (it lags behind inside ``feed``)."""
+        published = self._committed_events + (self.ordinal if self.in_transaction else 0)
+        return published - self.watermark.outstanding
 
     def feed(self, frames: Iterable[bytes]) -> None:
         """Carry ``frames`` to the publisher. The hot loop: per event one look-up, one row plan, one publish.
@@ -145,6 +152,7 @@ class Pipeline:
         batch = self.watermark.current
         batch.end_lsn = end_lsn
         batch.events += self.ordinal
+        self._committed_events += self.ordinal
         if batch.events >= BATCH_EVENTS:
             self.watermark.close_batch()
 

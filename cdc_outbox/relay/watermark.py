@@ -86,6 +86,11 @@ class Watermark:
         return not self._queue and not self.current.outstanding and not self.current.end_lsn
 
     @property
+    def outstanding(self) -> int:
+        """Events published and not yet acknowledged."""
+        return self.current.outstanding + sum(batch.outstanding for batch in self._queue)
+
+    @property
     def oldest_commit_time_ms(self) -> int:
         """When the oldest unsettled transaction committed, Unix milliseconds; 0 if there is none."""
         oldest = self._queue[0] if self._queue else self.current

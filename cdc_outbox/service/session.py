@@ -79,6 +79,7 @@ class Session:
         now = time.monotonic()
         self._sent_lsn = LSN(0)
         self._sent_at = 0.0
+        self._acknowledged = 0
         self._acknowledged_at = now
         self._health_at = now
 
@@ -104,13 +105,14 @@ class Session:
         stream.end(_END_SECONDS)
 
     @property
-    def unconfirmed_events(self) -> int:
-        return self._publisher.in_flight
+    def unacknowledged_events(self) -> int:
+        return self._watermark.outstanding
 
     def _may_stop_reading(self) -> bool:
         """On shutdown, read on to the end of the transaction at hand: stopping inside one would resend its head."""
         if not self._shutdown.requested:
             return False
+        self._stream.unwatch()  # it stays readable: from here on only the stream is waited for
         self._check_deadline()
         self._pipeline.draining = True
         return not self._pipeline.in_transaction
@@ -153,9 +155,10 @@ class Session:
 
     def _settle_what_came_before(self) -> None:
         """An operator is needed: confirm what came before the trouble, so that no restart sends it again."""
-        with suppress(CdcOutboxError):
-            self._watermark.close_batch()
+        self._watermark.close_batch()
+        with suppress(CdcOutboxError):  # the trouble itself, again
             self._drain(_LAST_DRAIN_SECONDS)
+        with suppress(CdcOutboxError):
             self._send_status()
             self._stream.end(_END_SECONDS)
 
@@ -165,11 +168,8 @@ class Session:
 
     def _settle(self) -> None:
         """Let the watermark move over what Kafka has acknowledged, or over what the server skipped while we idle."""
-        settled = self._watermark.advance()
-        for batch in settled:
+        for batch in self._watermark.advance():
             self._metrics.batch_settled(batch)
-        if settled:
-            self._acknowledged_at = time.monotonic()
         if not self._pipeline.in_transaction:
             self._watermark.advance_idle(self._pipeline.wal_end)
 
@@ -197,11 +197,11 @@ class Session:
         self._health.confirmed_lsn = self._sent_lsn
 
     def _watch_health(self, now: float) -> None:
-        in_flight = self._publisher.in_flight
-        self._metrics.events_in_flight.set(in_flight)
+        outstanding, acknowledged = self._watermark.outstanding, self._pipeline.acknowledged_events
+        self._metrics.events_in_flight.set(outstanding)
         self._metrics.watch_oldest(self._watermark.oldest_commit_time_ms)
-        if not in_flight:
-            self._acknowledged_at = now
+        if not outstanding or acknowledged != self._acknowledged:
+            self._acknowledged, self._acknowledged_at = acknowledged, now
         silence = now - self._stream.heard_at
         if silence > _SILENCE_GIVEN_UP_SECONDS:
             raise SourceUnavailable(f"the server has been silent for {silence:.0f} s")

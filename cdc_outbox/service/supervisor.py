@@ -7,6 +7,7 @@ everything starts from the slot: then a late delivery report confirms nothing, a
 import gc
 import random
 import threading
+import time
 from typing import Final
 
 from cdc_outbox.config import Config
@@ -29,6 +30,8 @@ from cdc_outbox.service.shutdown import Shutdown
 _STANDBY_SECONDS: Final = 0.5
 _FIRST_BACKOFF_SECONDS: Final = 0.1
 _LONGEST_BACKOFF_SECONDS: Final = 3.0
+#: A session that lasted so long was a good one: the next trouble is a new one.
+_GOOD_SESSION_SECONDS: Final = 10.0
 _MONITOR_SECONDS: Final = 5.0
 
 
@@ -46,6 +49,7 @@ class Supervisor:
         self._monitor = SlotMonitor(self._dsn, config.postgres.slot)
         self._log = get_logger()
         self._failures = 0
+        self._streaming_since = float("inf")
         # A first producer at once: librdkafka checks its settings, and connects while PostgreSQL is connected to.
         self._next_publisher: Publisher | None = self._make_publisher()
 
@@ -84,7 +88,7 @@ class Supervisor:
                 if not self._topic.fields:
                     topics.require(self._topic.text)
                 if self._take_slot(stream, publisher):
-                    self._failures = 0
+                    self._streaming_since = time.monotonic()
                     self._relay(Session(stream, publisher, router, self._shutdown, self._health, self._metrics))
         finally:
             publisher.close()
@@ -105,10 +109,10 @@ class Supervisor:
 
     def _relay(self, session: Session) -> None:
         session.run()
-        if session.unconfirmed_events:
+        if session.unacknowledged_events:
             self._log.warning(
                 "shutdown_deadline_passed",
-                unconfirmed_events=session.unconfirmed_events,
+                unacknowledged_events=session.unacknowledged_events,
                 hint="they are not lost: the slot keeps them, the next start publishes them",
             )
 
@@ -117,6 +121,9 @@ class Supervisor:
         self._health.remember(error)
         self._health.become("waiting", error.message)
         self._metrics.reconnects.labels(error.side).inc()
+        if time.monotonic() - self._streaming_since > _GOOD_SESSION_SECONDS:
+            self._failures = 0
+        self._streaming_since = float("inf")
         backoff_seconds = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2**self._failures)
         self._failures = min(self._failures + 1, 10)
         self._shutdown.sleep(backoff_seconds * random.uniform(0.5, 1.0))  # noqa: S311 - jitter is not cryptography

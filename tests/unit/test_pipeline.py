@@ -98,6 +98,19 @@ def test_a_batch_closes_where_a_read_ends_even_if_its_events_were_acknowledged_m
     assert (batch.events, pipeline.watermark.settled_lsn) == (1, 11)
 
 
+def test_acknowledgements_inside_a_long_transaction_are_seen() -> None:
+    publisher = FakePublisher()
+    pipeline = make(publisher)
+    pipeline.feed([RELATION, *transaction(10, event(1)), frames.begin(20, time_us=1000), event(2), event(3)])
+    assert (pipeline.acknowledged_events, pipeline.watermark.outstanding) == (0, 3)
+    publisher.deliver(2)
+    assert (pipeline.acknowledged_events, pipeline.watermark.outstanding) == (2, 1)
+    publisher.deliver()
+    pipeline.feed([frames.commit(20, 21)])
+    pipeline.watermark.advance()
+    assert (pipeline.acknowledged_events, pipeline.watermark.outstanding) == (3, 0)
+
+
 def test_back_pressure_waits_and_loses_nothing() -> None:
     publisher = FakePublisher(room=2)
     waits = []
