@@ -171,8 +171,9 @@ class Publisher:
                 self.unreachable = self._trouble
 
     def close(self) -> None:
-        """Forget what is still queued. Its reports reach a batch that no watermark looks at any more."""
+        """Forget what is still queued, and end librdkafka's threads now rather than when the collector comes by."""
         self.producer.purge(in_queue=True, in_flight=True, blocking=False)
+        del self.producer, self.publish
 
     def explain(self, refusal: Any, topic: str) -> CdcOutboxError:
         """What a refused call means. If an earlier event was the cause, raises what that one's report means."""

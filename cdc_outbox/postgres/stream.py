@@ -151,6 +151,7 @@ class ReplicationStream:
                 self.receive()
 
     def close(self) -> None:
+        self._end = None  # its traceback holds whoever was reading, down to the producer
         self.connection.close()
 
     def __enter__(self) -> Self:

@@ -145,14 +145,22 @@ def test_a_lost_walsender_is_replaced(world: World, start_relay: StartRelay) -> 
     world.migrate()
     aggregate_type = world.create_topic()
     relay = start_relay()
+    world.insert(aggregate_type)
+    world.wait_until_confirmed()
+    threads = thread_count(relay)
     for number in range(1, 4):
         query = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s AND active"
         world.db.execute(query, [world.slot])
         world.insert(aggregate_type)
         world.wait_until_confirmed()
         assert relay.metric('cdc_outbox_reconnects_total{side="postgres"}') == number
-    assert len(world.read(aggregate_type, 3)) == 3
+    assert len(world.read(aggregate_type, 4)) == 4
     assert readyz(relay)["last_errors"]
+    assert thread_count(relay) == threads, "a producer that was replaced is gone"
+
+
+def thread_count(relay: RelayProcess) -> int:
+    return len(list(Path(f"/proc/{relay.process.pid}/task").iterdir()))
 
 
 def test_http(world: World, start_relay: StartRelay) -> None:
