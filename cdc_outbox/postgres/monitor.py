@@ -1,4 +1,8 @@
-"""The slot seen from outside: a pooled connection of its own that reads the slot's row, beside the stream."""
+"""Slot and publication seen from outside: a pooled connection of its own that reads the catalogue, beside the stream.
+
+It sees what the stream cannot: on PostgreSQL 18 a publication that was dropped, or lost its table, gives no error there
+but silence, and the idle rule confirms what was never sent.
+"""
 
 from types import TracebackType
 from typing import Final, Self
@@ -7,17 +11,19 @@ import psycopg
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from cdc_outbox.errors import SourceUnavailable
-from cdc_outbox.postgres.catalog import Slot, find_slot
+from cdc_outbox.postgres.catalog import Slot, check_publication, find_slot, find_table
 from cdc_outbox.postgres.connection import Connection, connection_parameters, translated
 
 _TIMEOUT_SECONDS: Final = 5.0
 
 
-class SlotMonitor:
-    """Reads one slot again and again; the pool connects anew when the connection was lost."""
+class Monitor:
+    """Looks at one slot and its publication again and again; the pool connects anew when the connection was lost."""
 
-    def __init__(self, dsn: str, slot: str) -> None:
+    def __init__(self, dsn: str, *, slot: str, publication: str, table: str) -> None:
         self._slot = slot
+        self._publication = publication
+        self._table = table
         self._pool: ConnectionPool[Connection] = ConnectionPool(
             connection_parameters(dsn, application_name="cdc-outbox monitor"),
             connection_class=psycopg.Connection,
@@ -36,10 +42,11 @@ class SlotMonitor:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._pool.close(timeout=0)
 
-    def read(self) -> Slot | None:
-        """Raises SourceUnavailable, OperatorNeeded."""
+    def look(self) -> Slot | None:
+        """The slot, if there is one. Raises SourceUnavailable; OperatorNeeded if the publication does not serve it."""
         try:
-            with translated("reading the slot"), self._pool.connection(timeout=_TIMEOUT_SECONDS) as connection:
+            with translated("looking at the slot"), self._pool.connection(timeout=_TIMEOUT_SECONDS) as connection:
+                check_publication(connection, self._publication, find_table(connection, self._table))
                 return find_slot(connection, self._slot)
         except PoolTimeout as error:
-            raise SourceUnavailable("the slot cannot be read: no connection") from error
+            raise SourceUnavailable("the slot cannot be looked at: no connection") from error

@@ -1,9 +1,12 @@
-"""Health: the relay's state and, unless it streams, why not. Written by the relay's thread, read by others."""
+"""Health: the relay's state and, unless it streams, why not.
+
+The relay's thread writes and others read, but for the alarm, which is the monitor's to raise.
+"""
 
 import time
 from typing import Any, Final, Literal
 
-from cdc_outbox.errors import CdcOutboxError
+from cdc_outbox.errors import CdcOutboxError, OperatorNeeded
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
@@ -21,6 +24,8 @@ class Health:
         self.state: State = "starting"
         self.reason = "not connected yet"
         self._since = time.time()
+        #: what the monitor saw that only an operator can mend; the session stops for it
+        self.alarm: OperatorNeeded | None = None
         self._errors: tuple[dict[str, Any], ...] = ()
         self.confirmed_lsn = LSN(0)
         metrics.set_state(self.state)

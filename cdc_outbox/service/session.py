@@ -202,6 +202,8 @@ class Session:
         self._metrics.watch_oldest(self._watermark.oldest_commit_time_ms)
         if not outstanding or acknowledged != self._acknowledged:
             self._acknowledged, self._acknowledged_at = acknowledged, now
+        if self._health.alarm:
+            raise self._health.alarm
         silence = now - self._stream.heard_at
         if silence > _SILENCE_GIVEN_UP_SECONDS:
             raise SourceUnavailable(f"the server has been silent for {silence:.0f} s")

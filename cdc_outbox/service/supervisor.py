@@ -11,11 +11,11 @@ import time
 from typing import Final
 
 from cdc_outbox.config import Config
-from cdc_outbox.errors import CdcOutboxError, SlotInUse, UnavailableError
+from cdc_outbox.errors import CdcOutboxError, OperatorNeeded, SlotInUse, UnavailableError
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.postgres import catalog
-from cdc_outbox.postgres.monitor import SlotMonitor
+from cdc_outbox.postgres.monitor import Monitor
 from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.relay.router import TopicTemplate
 from cdc_outbox.service.health import Health
@@ -46,7 +46,12 @@ class Supervisor:
         self._metrics = Metrics()
         self._health = Health(config.postgres.slot, self._metrics)
         self._shutdown = Shutdown(config.service.shutdown_timeout_seconds)
-        self._monitor = SlotMonitor(self._dsn, config.postgres.slot)
+        self._monitor = Monitor(
+            self._dsn,
+            slot=config.postgres.slot,
+            publication=config.postgres.publication,
+            table=config.outbox.table,
+        )
         self._log = get_logger()
         self._failures = 0
         self._streaming_since = float("inf")
@@ -58,7 +63,7 @@ class Supervisor:
         self._shutdown.install()
         if address := self._config.http.address():
             HttpServer(address, self._health, self._metrics).start()
-        threading.Thread(target=self._watch_slot, name="monitor", daemon=True).start()
+        threading.Thread(target=self._look_again_and_again, name="monitor", daemon=True).start()
         # What exists now stays for good: the collector need not walk it again and again in the hot loop.
         gc.collect()
         gc.freeze()
@@ -136,13 +141,17 @@ class Supervisor:
             count_failure=self._metrics.publish_failed,
         )
 
-    def _watch_slot(self) -> None:
-        """The monitor's thread: slot figures for the metrics, every few seconds."""
+    def _look_again_and_again(self) -> None:
+        """The monitor's thread: slot figures for the metrics, and an alarm if the publication went wrong."""
         with self._monitor:
             while not self._shutdown.requested:
+                slot, alarm = None, None
                 try:
-                    self._metrics.slot_seen(self._monitor.read())
+                    slot = self._monitor.look()
+                except OperatorNeeded as error:
+                    alarm = error
                 except CdcOutboxError as error:
-                    self._metrics.slot_seen(None)
                     self._log.debug("slot_not_seen", reason=error.message)
+                self._metrics.slot_seen(slot)
+                self._health.alarm = alarm
                 self._shutdown.sleep(_MONITOR_SECONDS)

@@ -163,6 +163,27 @@ def thread_count(relay: RelayProcess) -> int:
     return len(list(Path(f"/proc/{relay.process.pid}/task").iterdir()))
 
 
+@pytest.mark.parametrize(
+    ("statement", "named"),
+    [
+        (
+            "ALTER PUBLICATION cdc_outbox DROP TABLE outbox",
+            "publication 'cdc_outbox' does not list table public.outbox",
+        ),
+        ("DROP PUBLICATION cdc_outbox", "publication 'cdc_outbox' does not exist"),
+    ],
+)
+def test_a_publication_that_goes_wrong_meanwhile_is_noticed(
+    world: World, start_relay: StartRelay, statement: str, named: str
+) -> None:
+    """The stream itself would only be silent."""
+    world.migrate()
+    relay = start_relay()
+    world.db.execute(statement.encode())
+    assert relay.process.wait(10) == 3
+    assert named in relay.said()
+
+
 def test_http(world: World, start_relay: StartRelay) -> None:
     world.migrate()
     aggregate_type = world.create_topic()
