@@ -34,11 +34,14 @@ def fetch_kafka(progress: DownloadProgress = no_progress) -> list[Path]:
     """Kafka's jars, fetched if they are not in the cache. Raises ConfigurationError if they are not to be had."""
     try:
         import jgo
+        import truststore
         from jgo.maven import PythonResolver
     except ImportError as error:
         raise ConfigurationError(
             "the embedded Kafka is not installed", hint="pip install 'cdc-outbox[demo]', or give --kafka"
         ) from error
+    # the system's certificates, as pip uses them: a company's proxy is known there, not to `requests`
+    truststore.inject_into_ssl()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdc-outbox"
     try:
         environment = jgo.build(KAFKA, cache_dir=cache, resolver=PythonResolver(progress_callback=progress))
@@ -46,6 +49,8 @@ def fetch_kafka(progress: DownloadProgress = no_progress) -> list[Path]:
         raise ConfigurationError(
             f"{KAFKA} cannot be fetched: {error}", hint="check the network, or give --kafka HOST:PORT"
         ) from error
+    finally:
+        truststore.extract_from_ssl()
     return [Path(jar) for jar in environment.all_jars]
 
 
