@@ -97,7 +97,8 @@ def find_table(connection: Connection, qualified_name: str) -> Table:
             ) from error
     if not rows:
         raise OperatorNeeded(
-            f"table {qualified_name} does not exist", hint=f"{MIGRATE_HINT}, or name your table with outbox.table"
+            f"table {qualified_name} does not exist",
+            hint="name yours with outbox.table; the default one is made by: cdc-outbox migrate up",
         )
     return Table(rows[0][0], rows[0][1], {column: type_oid for _, _, column, type_oid in rows})
 

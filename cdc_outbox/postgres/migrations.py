@@ -31,6 +31,7 @@ from cdc_outbox.postgres.connection import Connection, translated
 
 #: Any number, as long as every cdc-outbox uses the same one: 'cdcob' in ASCII.
 _ADVISORY_LOCK: Final = 0x6364636F62
+_TABLE_FILE: Final = "0002_outbox_table.sql"
 _PUBLICATION_FILE: Final = "0003_publication.sql"
 _CONDITION: Final = re.compile(r"-- cdc-outbox: only if (.+)")
 
@@ -47,7 +48,9 @@ class Target:
     slot: str
 
     def settings(self) -> Mapping[str, str]:
-        return {"outbox.table": self.table, "postgres.publication": self.publication, "postgres.slot": self.slot}
+        table = self.table.replace('"', "")
+        table = table if "." in table else f"public.{table}"
+        return {"outbox.table": table, "postgres.publication": self.publication, "postgres.slot": self.slot}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,15 +105,8 @@ def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step
     Raises OperatorNeeded if a file was changed after it was applied, or what is there does not fit together;
     ConfigurationError if failover slots are asked of a server that has none.
     """
-    steps = []
-    for migration, stand in zip(load_migrations(), status(connection, target), strict=True):
-        if stand.state == "changed":
-            raise OperatorNeeded(
-                f"migration {stand.name} was changed after it was applied on {stand.applied_at:%Y-%m-%d}",
-                hint="restore the file; a new change belongs into a new file",
-            )
-        if stand.state == "pending":
-            steps.append(Step(f"apply {migration.name}", _script(connection, migration)))
+    pending = _pending(connection, target)
+    steps = [Step(f"apply {migration.name}", _script(connection, migration)) for migration in pending]
     slot = find_slot(connection, target.slot)
     with translated("looking up the publication"):
         published = connection.execute("SELECT FROM pg_publication WHERE pubname = %s", [target.publication]).rowcount
@@ -120,20 +116,13 @@ def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step
                 f"slot {target.slot!r} is older than publication {target.publication!r}, which does not exist",
                 hint="a publication made now would not serve that slot; drop the slot, then run this again",
             )
-        if not any(_PUBLICATION_FILE in step.title for step in steps):
-            table = find_table(connection, target.table)
-            create = sql.SQL(
-                "CREATE PUBLICATION {} FOR TABLE {} WITH (publish = 'insert', publish_via_partition_root);"
-            )
-            script = create.format(sql.Identifier(target.publication), sql.Identifier(table.namespace, table.name))
-            steps.append(Step(f"create publication {target.publication}", script.as_string(connection)))
+        made = {migration.name for migration in pending}
+        if _PUBLICATION_FILE not in made:
+            script = _publication_script(connection, target, table_is_made=_TABLE_FILE in made)
+            steps.append(Step(f"create publication {target.publication}", script))
     if slot is None:
-        steps.append(
-            Step(
-                f"create slot {target.slot} (waits for open transactions to end)",
-                create_slot_sql(connection, target.slot, failover=failover),
-            )
-        )
+        script = create_slot_sql(connection, target.slot, failover=failover)
+        steps.append(Step(f"create slot {target.slot} (waits for open transactions to end)", script))
     return steps
 
 
@@ -151,6 +140,29 @@ def up(connection: Connection, target: Target, *, failover: bool, report: Report
         check_slot(connection, target.slot)
         for waste in check_publication(connection, target.publication, find_table(connection, target.table)):
             report(waste)
+
+
+def _pending(connection: Connection, target: Target) -> list[Migration]:
+    """What is to be applied. Raises OperatorNeeded if a file was changed after it was applied."""
+    migrations, stands = load_migrations(), status(connection, target)
+    for stand in stands:
+        if stand.state == "changed":
+            raise OperatorNeeded(
+                f"migration {stand.name} was changed after it was applied on {stand.applied_at:%Y-%m-%d}",
+                hint="restore the file; a new change belongs into a new file",
+            )
+    return [migration for migration, stand in zip(migrations, stands, strict=True) if stand.state == "pending"]
+
+
+def _publication_script(connection: Connection, target: Target, *, table_is_made: bool) -> str:
+    """For a publication that no file makes. Raises OperatorNeeded if its table neither exists nor is being made."""
+    if table_is_made:
+        table = sql.Identifier("public", "outbox")
+    else:
+        found = find_table(connection, target.table)
+        table = sql.Identifier(found.namespace, found.name)
+    create = sql.SQL("CREATE PUBLICATION {} FOR TABLE {} WITH (publish = 'insert', publish_via_partition_root);")
+    return create.format(sql.Identifier(target.publication), table).as_string(connection)
 
 
 def _script(connection: Connection, migration: Migration) -> str:

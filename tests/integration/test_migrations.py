@@ -127,6 +127,15 @@ def test_an_existing_table_by_configuration_alone(every_world: World) -> None:
     assert up(world, wanted) == []
 
 
+def test_a_publication_of_another_name(every_world: World) -> None:
+    world = every_world
+    wanted = target(world, table="outbox", publication="Other")
+    assert [step.split()[0] for step in up(world, wanted)] == ["apply"] * 3 + ["create"] * 2
+    assert states(world, wanted) == ["applied", "applied", "not needed", "applied"]
+    assert catalog.check_publication(world.db, "Other", catalog.find_table(world.db, "outbox")) == []
+    assert up(world, wanted) == []
+
+
 def test_a_table_that_is_not_there_is_named(every_world: World) -> None:
     with pytest.raises(OperatorNeeded, match=r"table app\.nope does not exist"):
         up(every_world, target(every_world, table="app.nope"))
