@@ -3,7 +3,7 @@
 -- Why: a publication tells PostgreSQL which changes to send. Inserts only: then clean-up costs the relay nothing, and
 -- the table needs no replica identity.
 --
--- The publication must be older than the slot's position: make it before the slot, as `cdc-outbox migrate up` does.
+-- The publication must be older than the slot: make it first, as `cdc-outbox migrate up` does.
 -- A slot that is older fails on PostgreSQL 15 to 17, and silently sends nothing on 18.
 --
 -- Run as: the owner of public.outbox, with CREATE on this database. Safe to run again.

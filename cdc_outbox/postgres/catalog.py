@@ -141,7 +141,7 @@ def check_publication(connection: Connection, publication: str, table: Table) ->
 def find_slot(connection: Connection, slot: str) -> Slot | None:
     check_slot_name(slot)
     failover = "failover" if server_major(connection) >= FAILOVER_SINCE else "NULL::bool"
-    position = (
+    wal_end = (
         "CASE WHEN pg_is_in_recovery() THEN pg_last_wal_receive_lsn() ELSE pg_current_wal_lsn() END"  # a standby's end
     )
     with translated(f"looking up slot {slot}"):
@@ -150,7 +150,7 @@ def find_slot(connection: Connection, slot: str) -> Slot | None:
                 f"""
                 SELECT slot_name, plugin, database, active_pid, confirmed_flush_lsn::text, coalesce(wal_status, 'lost'),
                        {failover},
-                       ({position} - confirmed_flush_lsn)::int8, ({position} - restart_lsn)::int8, safe_wal_size::int8
+                       ({wal_end} - confirmed_flush_lsn)::int8, ({wal_end} - restart_lsn)::int8, safe_wal_size::int8
                   FROM pg_replication_slots WHERE slot_name = %s
                 """  # noqa: S608 - the two pieces are the constants above
             ),

@@ -119,38 +119,37 @@ def compile_insert_reader(relation: Relation, wanted: Sequence[str]) -> InsertRe
     An Insert: 'I' · relation id int32 · 'N' · count int16 · per column 'n' (NULL) or 't' · length int32 · text.
 
     The function is generated, one straight piece of code per column, as dataclasses generate ``__init__``: a loop over
-    the columns costs 1.1 µs per row, this 0.7 (the table of design.md, CPython 3.11). Only positions and variable
-    numbers enter the source, never a name from the database. It visits every column, wanted or not, so that a frame
-    whose parts do not add up to its length is refused.
+    the columns costs half as much again (1.5 against 1.0 µs for the seven columns of sql/'s outbox, CPython 3.11). Only
+    column numbers enter the source, never a name from the database. It visits every column, wanted or not, so that a
+    frame whose parts do not add up to its length is refused.
 
     Raises ValueError if a wanted column does not exist.
     """
     names = [column.name for column in relation.columns]
-    positions = [names.index(name) for name in wanted]
+    taken = [names.index(name) for name in wanted]
     lines = ["def read(frame):", " try:", f"  at = {INSERT_HEAD.stop}"]
-    for position in range(len(names)):
-        take = position in positions
+    for number in range(len(names)):
         lines += [
             f"  if frame[at] == {_TEXT}:",
             "   start = at + 5",
             "   at = start + length(frame, at + 1)[0]",
-            f"   v{position} = frame[start:at]" if take else "",
+            f"   v{number} = frame[start:at]" if number in taken else "",
             f"  elif frame[at] == {_NULL}:",
-            f"   v{position} = None" if take else "",
+            f"   v{number} = None" if number in taken else "",
             "   at += 1",
             "  else:",
-            f"   raise unsupported({position})",
+            f"   raise unsupported({number})",
         ]
     lines += [
         "  if at == len(frame):",
-        f"   return ({''.join(f'v{position}, ' for position in positions)})",
+        f"   return ({''.join(f'v{number}, ' for number in taken)})",
         " except (IndexError, struct_error):",
         "  pass",
         " raise cut_short(frame)",
     ]
 
-    def unsupported(position: int) -> MalformedStream:
-        return MalformedStream(f"row of {relation}: column {names[position]} has a value of unknown kind")
+    def unsupported(number: int) -> MalformedStream:
+        return MalformedStream(f"row of {relation}: column {names[number]} has a value of unknown kind")
 
     def cut_short(frame: bytes) -> MalformedStream:
         return MalformedStream(f"row of {relation}: the columns do not add up to the message's {len(frame)} bytes")

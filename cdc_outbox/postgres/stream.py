@@ -1,7 +1,7 @@
 """The replication stream: START_REPLICATION over psycopg's libpq wrapper, frames in, status updates out.
 
 It moves bytes; it does not decode them and does not decide what is confirmed.
-Never the blocking form of get_copy_data: it holds the GIL for as long as it waits (facts.md, section 1).
+Never the blocking form of get_copy_data: it holds the GIL for as long as it waits, and freezes every other thread.
 Source: PostgreSQL manual, "Streaming Replication Protocol"; libpq, "Functions Associated with the COPY Command".
 """
 

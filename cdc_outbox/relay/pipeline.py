@@ -55,7 +55,7 @@ class Pipeline:
         #: events of that transaction so far: with the commit LSN, an event's identity in the stream
         self.ordinal = 0
         self._committed_events = 0
-        #: the furthest position the server has told us about
+        #: the furthest LSN the server has told us about
         self.wal_end = 0
         self.reply_requested = False
         #: when set, `feed` stops at the next transaction end and leaves the rest unread

@@ -41,7 +41,7 @@ class Batch:
     def on_delivery(self, error: object, message: object) -> None:
         """librdkafka's delivery report. A failed event stays outstanding: nothing after it is ever confirmed.
 
-        A bound method of a batch, not a closure per event: 0.4 µs per event against 0.9.
+        A bound method of the batch, not a closure per event: nothing is allocated for it.
         """
         if error is not None:
             self._on_failure(error, message)

@@ -77,7 +77,7 @@ class Writer:
 
 
 def test_every_committed_event_once_and_no_other(world: World, start_relay: StartRelay) -> None:
-    """The black box of the issue: 100,000 rows, mixed transactions, 500 aggregates, the defaults."""
+    """100,000 rows, mixed transactions, 500 aggregates, the defaults."""
     world.migrate()
     aggregate_type = world.create_topic()
     writer = Writer(world, aggregate_type)

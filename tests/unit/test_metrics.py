@@ -7,7 +7,7 @@ from cdc_outbox.relay.watermark import Batch
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.metrics import Metrics
 
-#: design.md, A.5
+#: What others' alert rules and dashboards depend on.
 CONTRACT = {
     "cdc_outbox_events_published": "counter",
     "cdc_outbox_events_in_flight": "gauge",
