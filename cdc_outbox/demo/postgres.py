@@ -99,7 +99,8 @@ class EmbeddedPostgres:
             )
             if done.returncode:
                 output.seek(0)
-                raise RuntimeError(f"{program} failed:\n{output.read()}")
+                log = self.log.read_text()[-2000:] if self.log.exists() else ""
+                raise RuntimeError(f"{program} failed: {output.read()}{log}")
 
 
 def _unprivileged_account() -> pwd.struct_passwd | None:

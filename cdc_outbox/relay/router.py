@@ -231,6 +231,8 @@ def _own_headers(event_id: bytes, text: bytes) -> Headers:
         own = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise PoisonEvent(f"event {event_id.decode()}: its headers cannot be read: {error.msg}") from error
+    if own is None:  # JSON's null, as some mappers write NULL
+        return []
     if not isinstance(own, dict):
         raise PoisonEvent(f"event {event_id.decode()}: its headers are not a JSON object")
     return [(name, _header_value(value)) for name, value in own.items()]

@@ -68,6 +68,10 @@ def test_own_headers_follow() -> None:
     ]
 
 
+def test_headers_may_be_null_in_json_too() -> None:
+    assert route({**ROW, "headers": b"null"}) == route(ROW)
+
+
 @pytest.mark.parametrize("headers", [b"[]", b'"x"', b"{", b'{"a": "\\ud800"}'])
 def test_headers_that_are_none_are_poison(headers: bytes) -> None:
     with pytest.raises(PoisonEvent, match="e-1: its headers"):
