@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
+
 from support.services import OTHER_POSTGRES, installed_postgres_dsn, kafka_bootstrap_servers, postgres_dsn
 from support.world import World, make_world
 

@@ -6,7 +6,7 @@ The relay's thread writes and others read, but for the alarm, which is the monit
 import time
 from typing import Any, Final, Literal
 
-from cdc_outbox.errors import CdcOutboxError, OperatorNeeded
+from cdc_outbox.errors import CdcOutboxError
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
@@ -24,8 +24,8 @@ class Health:
         self.state: State = "starting"
         self.reason = "not connected yet"
         self._since = time.time()
-        #: what the monitor saw that only an operator can mend; the session stops for it
-        self.alarm: OperatorNeeded | None = None
+        #: what the monitor saw and the stream cannot see; the session ends with it
+        self.alarm: CdcOutboxError | None = None
         self._errors: tuple[dict[str, Any], ...] = ()
         self.confirmed_lsn = LSN(0)
         metrics.set_state(self.state)

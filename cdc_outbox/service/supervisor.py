@@ -11,7 +11,7 @@ import time
 from typing import Final
 
 from cdc_outbox.config import Config
-from cdc_outbox.errors import CdcOutboxError, OperatorNeeded, SlotInUse, UnavailableError
+from cdc_outbox.errors import CdcOutboxError, OperatorNeeded, SlotInUse, SourceUnavailable, UnavailableError
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.postgres import catalog
@@ -123,6 +123,7 @@ class Supervisor:
 
     def _recover(self, error: UnavailableError) -> None:
         """Wait before the next attempt: longer each time, and not in step with other relays."""
+        self._health.alarm = None
         self._health.remember(error)
         self._health.become("waiting", error.message)
         self._metrics.reconnects.labels(error.side).inc()
@@ -142,16 +143,17 @@ class Supervisor:
         )
 
     def _look_again_and_again(self) -> None:
-        """The monitor's thread: slot figures for the metrics, and an alarm if the publication went wrong."""
-        with self._monitor:
+        """The monitor's thread: slot figures for the metrics, and an alarm for what the stream does not say."""
+        with self._monitor as monitor:
             while not self._shutdown.requested:
-                slot, alarm = None, None
+                slot = None
                 try:
-                    slot = self._monitor.look()
+                    slot = monitor.look()
+                    self._health.alarm = None
                 except OperatorNeeded as error:
-                    alarm = error
+                    self._health.alarm = error
                 except CdcOutboxError as error:
                     self._log.debug("slot_not_seen", reason=error.message)
                 self._metrics.slot_seen(slot)
-                self._health.alarm = alarm
-                self._shutdown.sleep(_MONITOR_SECONDS)
+                if monitor.wait(_MONITOR_SECONDS, wake_descriptor=self._shutdown.descriptor):
+                    self._health.alarm = SourceUnavailable("the server is shutting down")

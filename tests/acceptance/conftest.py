@@ -3,9 +3,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from support.world import World
 
 from cdc_outbox.demo.relay import RelayProcess
+from support.world import World
 
 StartRelay = Callable[..., RelayProcess]
 

@@ -4,6 +4,7 @@ import json
 import signal
 
 import pytest
+
 from acceptance.conftest import StartRelay
 from support import command
 from support.waiting import wait_until

@@ -10,8 +10,9 @@ from typing import Any
 
 import psycopg
 import pytest
-from acceptance.conftest import StartRelay
 from confluent_kafka import Message
+
+from acceptance.conftest import StartRelay
 from support.java_partitioner import partition_of
 from support.waiting import wait_until
 from support.world import PARTITIONS, World, headers_of, read_topic

@@ -1,11 +1,11 @@
 """The checks that `run` makes, each made to fail for real."""
 
 import pytest
-from support.world import World
 
 from cdc_outbox.errors import OperatorNeeded
 from cdc_outbox.postgres import catalog
 from cdc_outbox.postgres.connection import connect
+from support.world import World
 
 
 def test_everything_is_there(every_world: World) -> None:

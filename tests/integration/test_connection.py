@@ -1,11 +1,11 @@
 import psycopg
 import pytest
 from psycopg import conninfo
-from support.world import World
 
 from cdc_outbox.demo.ports import free_port
 from cdc_outbox.errors import ConfigurationError, OperatorNeeded, SourceUnavailable
 from cdc_outbox.postgres.connection import connect
+from support.world import World
 
 PASSWORD = "hunter2-secret"
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import psycopg
 import pytest
 from psycopg import conninfo, sql
-from support.world import World
 
 from cdc_outbox.errors import ConfigurationError, OperatorNeeded
 from cdc_outbox.postgres import catalog, migrations
 from cdc_outbox.postgres.connection import connect
 from cdc_outbox.postgres.migrations import Target
 from cdc_outbox.postgres.stream import ReplicationStream
+from support.world import World
 
 
 def target(world: World, *, table: str = "public.outbox", publication: str = "cdc_outbox") -> Target:

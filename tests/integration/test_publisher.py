@@ -5,14 +5,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support.java_partitioner import partition_of
-from support.waiting import wait_until
-from support.world import create_topic, read_topic
 
 from cdc_outbox.demo.ports import free_port
 from cdc_outbox.errors import BrokerUnavailable, OperatorNeeded, PoisonEvent
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import Topics
+from support.java_partitioner import partition_of
+from support.waiting import wait_until
+from support.world import create_topic, read_topic
 
 
 @pytest.fixture

@@ -2,14 +2,14 @@
 
 import psycopg
 import pytest
-from support import golden
-from support.waiting import wait_until
-from support.world import World, drop_database
 
 from cdc_outbox.errors import ConfigurationError, OperatorNeeded, SlotInUse, SourceUnavailable
 from cdc_outbox.postgres import pgoutput
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.stream import ReplicationStream
+from support import golden
+from support.waiting import wait_until
+from support.world import World, drop_database
 
 
 def read_until_commits(stream: ReplicationStream, commits: int) -> list[bytes]:

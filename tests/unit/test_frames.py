@@ -3,10 +3,10 @@ import struct
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import frames
 
 from cdc_outbox.errors import MalformedStream
 from cdc_outbox.postgres.frames import read_keepalive, standby_status_update
+from support import frames
 
 
 @given(st.integers(0, 2**64 - 1), st.booleans())

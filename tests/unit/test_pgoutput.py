@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import frames
 
 from cdc_outbox.errors import MalformedStream
 from cdc_outbox.postgres import pgoutput
 from cdc_outbox.postgres.pgoutput import Column, Relation
+from support import frames
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.json"), key=lambda path: int(path.stem))
 TABLE = Relation(7, "public", "t", (Column("a", 25), Column("b", 25), Column("c", 25)))

@@ -3,11 +3,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support import frames
 
 from cdc_outbox.errors import CdcOutboxError, MalformedStream, PoisonEvent
 from cdc_outbox.relay.pipeline import BATCH_EVENTS, Pipeline
 from cdc_outbox.relay.router import Outbox, Router, TopicTemplate
+from support import frames
 
 OUTBOX = {"id": 2950, "aggregate_type": 25, "aggregate_id": 25, "event_type": 25, "payload": 114}
 RELATION = frames.relation(7, "outbox", OUTBOX)

@@ -2,11 +2,11 @@ import re
 from collections.abc import Callable
 
 import pytest
-from support import frames
 
 from cdc_outbox.errors import ConfigurationError, MalformedStream, OperatorNeeded, PoisonEvent
 from cdc_outbox.postgres.pgoutput import Column, Relation
 from cdc_outbox.relay.router import HeaderStyle, Outbox, Record, Router, TopicTemplate
+from support import frames
 
 JSON, JSONB, TEXT, BYTEA, UUID, TIMESTAMPTZ = 114, 3802, 25, 17, 2950, 1184
 COLUMNS = {
