@@ -8,6 +8,7 @@ the hint says how to mend it. The edges translate library exceptions into these 
     ├── ConfigurationError      mend the configuration or the command line     exit 2
     ├── UnavailableError        try again with backoff; `run` never exits on it
     │   ├── SourceUnavailable   PostgreSQL
+    │   │   └── ServerStopping  it is being stopped, and waits for us to let go
     │   └── BrokerUnavailable   Kafka
     ├── SlotInUse               another relay leads: stand by
     ├── OperatorNeeded          nothing the relay can do by itself             exit 3
@@ -44,6 +45,10 @@ class UnavailableError(CdcOutboxError):
 
 class SourceUnavailable(UnavailableError):
     side = "postgres"
+
+
+class ServerStopping(SourceUnavailable):
+    pass
 
 
 class BrokerUnavailable(UnavailableError):

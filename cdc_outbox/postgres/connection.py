@@ -11,7 +11,14 @@ from typing import Any, Final
 import psycopg
 from psycopg import conninfo
 
-from cdc_outbox.errors import CdcOutboxError, ConfigurationError, OperatorNeeded, SlotInUse, SourceUnavailable
+from cdc_outbox.errors import (
+    CdcOutboxError,
+    ConfigurationError,
+    OperatorNeeded,
+    ServerStopping,
+    SlotInUse,
+    SourceUnavailable,
+)
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -42,6 +49,7 @@ _REFUSALS: Final = (
 )
 
 _IN_USE: Final = "55006"
+_ADMIN_SHUTDOWN: Final = "57P01"
 _NEEDS_OPERATOR: Final = {
     "42501": "grant the role what it lacks, or let an administrator run this",
     "42704": "run: cdc-outbox migrate up",
@@ -99,6 +107,8 @@ def explain(error: psycopg.Error, what: str) -> CdcOutboxError:
     reason = f"{what}: {first_line(error.diag.message_primary or str(error))}"
     if state == _IN_USE:
         return SlotInUse(reason)
+    if state == _ADMIN_SHUTDOWN:
+        return ServerStopping(reason)
     if state in _NEEDS_OPERATOR:
         return OperatorNeeded(reason, hint=_NEEDS_OPERATOR[state])
     if state is None or state[:2] in ("08", "57", "53", "40", "58", "XX"):
@@ -115,4 +125,5 @@ def _explain_refusal(error: psycopg.OperationalError) -> CdcOutboxError:
     for wording, hint in _REFUSALS:
         if wording in text:
             return OperatorNeeded(f"PostgreSQL refuses us: {text}", hint=hint)
-    return SourceUnavailable(f"PostgreSQL cannot be reached: {text}")
+    kind = ServerStopping if "is shutting down" in text else SourceUnavailable
+    return kind(f"PostgreSQL cannot be reached: {text}")

@@ -6,6 +6,8 @@ walsenders as long as events wait for Kafka, while it ends ordinary sessions lik
 """
 
 import select
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Final, Self
 
@@ -14,15 +16,16 @@ from psycopg_pool import ConnectionPool, PoolTimeout
 
 from cdc_outbox.errors import SourceUnavailable
 from cdc_outbox.postgres.catalog import Slot, check_publication, find_slot, find_table
-from cdc_outbox.postgres.connection import Connection, connection_parameters, translated
+from cdc_outbox.postgres.connection import Connection, connect, connection_parameters, translated
 
-_TIMEOUT_SECONDS: Final = 5.0
+_TIMEOUT_SECONDS: Final = 1.0
 
 
 class Monitor:
     """Looks at one slot and its publication again and again; the pool connects anew when the connection was lost."""
 
     def __init__(self, dsn: str, *, slot: str, publication: str, table: str) -> None:
+        self._dsn = dsn
         self._slot = slot
         self._publication = publication
         self._table = table
@@ -49,31 +52,38 @@ class Monitor:
     def look(self) -> Slot | None:
         """The slot, if there is one. Raises SourceUnavailable; OperatorNeeded if the publication does not serve it."""
         connection = self._connect()
-        try:
-            with translated("looking at the slot"):
-                check_publication(connection, self._publication, find_table(connection, self._table))
-                return find_slot(connection, self._slot)
-        except SourceUnavailable:
-            self._release()
-            raise
+        with self._releasing_what_broke(), translated("looking at the slot"):
+            check_publication(connection, self._publication, find_table(connection, self._table))
+            return find_slot(connection, self._slot)
 
-    def wait(self, seconds: float, *, wake_descriptor: int) -> bool:
-        """Sleep until ``wake_descriptor`` is readable, at most ``seconds``. True if the server ended our session."""
-        session = [] if self._connection is None else [self._connection.fileno()]
-        readable, _, _ = select.select([*session, wake_descriptor], [], [], seconds)
-        if not session or session[0] not in readable:
-            return False
-        # An idle session hears from its server only when that ends it (SQLSTATE 57P01, admin_shutdown).
-        self._release()
-        return True
+    def wait(self, seconds: float, *, wake_descriptor: int) -> None:
+        """After ``look``, sleep until ``wake_descriptor`` is readable, at most ``seconds``.
+
+        Raises SourceUnavailable if the server ended our session meanwhile: an idle one hears of nothing else.
+        """
+        assert self._connection is not None  # `look` has made it
+        session = self._connection.fileno()
+        readable, _, _ = select.select([session, wake_descriptor], [], [], seconds)
+        if session in readable:
+            with self._releasing_what_broke(), translated("the monitor's session"):
+                self._connection.execute("SELECT")
 
     def _connect(self) -> Connection:
         if self._connection is None:
             try:
                 self._connection = self._pool.getconn(_TIMEOUT_SECONDS)
             except PoolTimeout as error:
-                raise SourceUnavailable("the slot cannot be looked at: no connection") from error
+                connect(self._dsn).close()  # raises the reason, which the pool does not tell
+                raise SourceUnavailable("no connection to look at the slot") from error
         return self._connection
+
+    @contextmanager
+    def _releasing_what_broke(self) -> Iterator[None]:
+        try:
+            yield
+        except SourceUnavailable:
+            self._release()
+            raise
 
     def _release(self) -> None:
         """Hand the connection back; the pool throws away one that is broken."""

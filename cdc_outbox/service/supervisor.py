@@ -11,7 +11,7 @@ import time
 from typing import Final
 
 from cdc_outbox.config import Config
-from cdc_outbox.errors import CdcOutboxError, OperatorNeeded, SlotInUse, SourceUnavailable, UnavailableError
+from cdc_outbox.errors import CdcOutboxError, OperatorNeeded, ServerStopping, SlotInUse, UnavailableError
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.postgres import catalog
@@ -33,6 +33,7 @@ _LONGEST_BACKOFF_SECONDS: Final = 3.0
 #: A session that lasted so long was a good one: the next trouble is a new one.
 _GOOD_SESSION_SECONDS: Final = 10.0
 _MONITOR_SECONDS: Final = 5.0
+_MONITOR_RETRY_SECONDS: Final = 1.0
 
 
 class Supervisor:
@@ -146,14 +147,15 @@ class Supervisor:
         """The monitor's thread: slot figures for the metrics, and an alarm for what the stream does not say."""
         with self._monitor as monitor:
             while not self._shutdown.requested:
-                slot = None
                 try:
-                    slot = monitor.look()
+                    self._metrics.slot_seen(monitor.look())
                     self._health.alarm = None
-                except OperatorNeeded as error:
+                    monitor.wait(_MONITOR_SECONDS, wake_descriptor=self._shutdown.descriptor)
+                except (OperatorNeeded, ServerStopping) as error:
+                    self._metrics.slot_seen(None)
                     self._health.alarm = error
+                    self._shutdown.sleep(_MONITOR_RETRY_SECONDS)
                 except CdcOutboxError as error:
+                    self._metrics.slot_seen(None)
                     self._log.debug("slot_not_seen", reason=error.message)
-                self._metrics.slot_seen(slot)
-                if monitor.wait(_MONITOR_SECONDS, wake_descriptor=self._shutdown.descriptor):
-                    self._health.alarm = SourceUnavailable("the server is shutting down")
+                    self._shutdown.sleep(_MONITOR_RETRY_SECONDS)
