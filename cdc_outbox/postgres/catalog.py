@@ -73,8 +73,9 @@ def server_major(connection: Connection) -> int:
 
 
 def find_table(connection: Connection, qualified_name: str) -> Table:
-    """The table named as in SQL (``app.outbox``, ``"Odd Name"``); PostgreSQL itself reads the name.
+    """The table named as in SQL (``app.outbox``, ``"Odd Name"``), in schema public if no other is named.
 
+    PostgreSQL itself reads the name (parse_ident), and no right to the table or its schema is needed.
     Raises ConfigurationError if that is not a name, OperatorNeeded if there is no such table.
     """
     with translated(f"looking up table {qualified_name}"):
@@ -82,15 +83,16 @@ def find_table(connection: Connection, qualified_name: str) -> Table:
             rows = connection.execute(
                 """
                 SELECT n.nspname, c.relname, a.attname, a.atttypid::int8
-                  FROM pg_class c
-                  JOIN pg_namespace n ON n.oid = c.relnamespace
+                  FROM (SELECT parse_ident(%s)) AS given (parts)
+                  JOIN pg_namespace n ON n.nspname = CASE cardinality(parts) WHEN 1 THEN 'public' ELSE parts[1] END
+                  JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = parts[cardinality(parts)]
                   JOIN pg_attribute a ON a.attrelid = c.oid AND a.attnum > 0 AND NOT a.attisdropped
-                 WHERE c.oid = to_regclass(%s) AND c.relkind IN ('r', 'p')
+                 WHERE cardinality(parts) <= 2 AND c.relkind IN ('r', 'p')
                  ORDER BY a.attnum
                 """,
                 [qualified_name],
             ).fetchall()
-        except (psycopg.errors.InvalidName, psycopg.errors.SyntaxError) as error:
+        except psycopg.errors.InvalidParameterValue as error:
             raise ConfigurationError(
                 f"outbox.table = {qualified_name!r} is not a table name",
                 hint='write it as in SQL: schema.table, or "Schema"."Table"',

@@ -153,8 +153,9 @@ def test_a_debezium_style_table_by_configuration_alone(world: World, start_relay
     )
     event_id = str(uuid.uuid4())
     row = [event_id, aggregate_type, "o-1", "OrderPlaced", '{"b": 1,   "a": 2}']
-    world.db.execute("INSERT INTO app.outboxevent VALUES (%s, %s, %s, %s, %s)", row)
-    world.db.execute("DELETE FROM app.outboxevent")
+    with world.db.transaction():
+        world.db.execute("INSERT INTO app.outboxevent VALUES (%s, %s, %s, %s, %s)", row)
+        world.db.execute("DELETE FROM app.outboxevent")
     (message,) = world.read(aggregate_type, 1)
     assert (text(message.key()), text(message.value())) == ("o-1", '{"a": 2, "b": 1}')
     assert headers_of(message) == [("id", event_id)]

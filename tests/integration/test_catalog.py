@@ -2,7 +2,7 @@
 
 import pytest
 
-from cdc_outbox.errors import OperatorNeeded
+from cdc_outbox.errors import ConfigurationError, OperatorNeeded
 from cdc_outbox.postgres import catalog
 from cdc_outbox.postgres.connection import connect
 from support.world import World
@@ -22,10 +22,23 @@ def test_everything_is_there(every_world: World) -> None:
     assert slot.safe_bytes is None
 
 
-@pytest.mark.parametrize("name", ["nope", "app.nope", "a..b", "a b", "", "pg_stat_activity"])
-def test_a_table_that_is_none(every_world: World, name: str) -> None:
-    with pytest.raises(Exception, match=r"does not exist|is not a table name"):
+@pytest.mark.parametrize("name", ["nope", "app.nope", "pg_catalog.pg_stat_activity", "some.app.outbox"])
+def test_a_table_that_is_not_there(every_world: World, name: str) -> None:
+    with pytest.raises(OperatorNeeded, match=f"table {name} does not exist"):
         catalog.find_table(every_world.db, name)
+
+
+@pytest.mark.parametrize("name", ["a..b", "a b", "", "a.", '"a', "a; DROP TABLE b"])
+def test_a_name_that_is_none(every_world: World, name: str) -> None:
+    with pytest.raises(ConfigurationError, match="is not a table name"):
+        catalog.find_table(every_world.db, name)
+
+
+def test_names_are_read_as_in_sql(every_world: World) -> None:
+    every_world.db.execute('CREATE SCHEMA "App"; CREATE TABLE "App"."Out.box" (x int); CREATE TABLE lower (y int)')
+    assert str(catalog.find_table(every_world.db, '"App"."Out.box"')) == "App.Out.box"
+    assert str(catalog.find_table(every_world.db, "Public.LOWER")) == "public.lower"
+    assert catalog.find_table(every_world.db, "lower").columns == {"y": 23}
 
 
 def test_publications(every_world: World) -> None:

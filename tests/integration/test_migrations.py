@@ -206,6 +206,9 @@ def test_the_relay_role_streams(every_world: World) -> None:
     world.db.execute("ALTER ROLE cdc_outbox_relay PASSWORD 'streams'")
     world.insert("t")
     with ReplicationStream(conninfo.make_conninfo(world.dsn, user="cdc_outbox_relay", password="streams")) as stream:
+        world.db.execute("CREATE SCHEMA app; CREATE TABLE app.events ()")
+        world.db.execute("ALTER TABLE app.events ADD COLUMN id uuid")
+        assert catalog.find_table(stream.connection, "app.events").columns, "without a right to the schema"
         table = catalog.find_table(stream.connection, "public.outbox")
         catalog.check_publication(stream.connection, "cdc_outbox", table)
         catalog.check_slot(stream.connection, world.slot)
