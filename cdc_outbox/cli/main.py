@@ -32,8 +32,6 @@ class Settings:
     """What the global options say; the configuration is read when a verb asks for it."""
 
     config_path: Path | None
-    log_format: logs.LogFormat
-    log_level: str
 
     @cached_property
     def config(self) -> Config:
@@ -101,4 +99,4 @@ def main(ctx: click.Context, config_path: Path | None, log_format: logs.LogForma
     Every key of the configuration can be set as CDC_OUTBOX_<SECTION>__<KEY>.
     """
     logs.configure(log_format, log_level)
-    ctx.obj = Settings(config_path, log_format, log_level)
+    ctx.obj = Settings(config_path)

@@ -2,8 +2,6 @@
 
 from dataclasses import asdict
 from typing import Any, Final
-from urllib.error import HTTPError, URLError
-from urllib.request import urlopen
 
 import click
 import orjson
@@ -15,6 +13,7 @@ from cdc_outbox.cli.main import Settings
 from cdc_outbox.config import Config
 from cdc_outbox.postgres.catalog import Slot, check_slot
 from cdc_outbox.postgres.connection import connect
+from cdc_outbox.service.http import ask_readyz
 
 _TIMEOUT_SECONDS: Final = 2.0
 
@@ -30,30 +29,12 @@ def command(settings: Settings, *, as_json: bool) -> None:
     config = settings.config
     with connect(config.postgres.dsn.get_secret_value()) as connection:
         slot = check_slot(connection, config.postgres.slot)
-    relay = _ask_relay(config)
+    relay = ask_readyz(config.http.listen, timeout_seconds=_TIMEOUT_SECONDS) if config.http.listen else None
     if as_json:
         shown = {**asdict(slot), "confirmed_lsn": str(slot.confirmed_lsn) if slot.confirmed_lsn is not None else None}
         click.echo(orjson.dumps({"slot": shown, "relay": relay}))
     else:
         _show(slot, relay, config)
-
-
-def _ask_relay(config: Config) -> dict[str, Any] | None:
-    """The relay's report; None if none answers."""
-    if not config.http.listen:
-        return None
-    try:
-        with urlopen(f"http://{config.http.listen}/readyz", timeout=_TIMEOUT_SECONDS) as answer:
-            body = answer.read()
-    except HTTPError as answer:  # 503 is an answer too
-        body = answer.read()
-    except (URLError, OSError):
-        return None
-    try:
-        report = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return None
-    return report if isinstance(report, dict) else None
 
 
 def _show(slot: Slot, relay: dict[str, Any] | None, config: Config) -> None:

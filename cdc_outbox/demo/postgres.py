@@ -9,7 +9,6 @@ import pwd
 import secrets
 import shutil
 import subprocess
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Literal
@@ -34,27 +33,21 @@ _USER: Final = "postgres"
 class EmbeddedPostgres:
     """One cluster in ``folder``. Nothing runs before ``start``; ``stop`` leaves the data."""
 
-    def __init__(
-        self, folder: Path, *, bin_folder: Path | None = None, settings: Mapping[str, str] | None = None
-    ) -> None:
+    def __init__(self, folder: Path, *, bin_folder: Path | None = None) -> None:
         self._folder = folder
         self._data = folder / "data"
         self._account = _unprivileged_account()
         self._bin = bin_folder or _wheel_programs(folder, copy=self._account is not None)
-        self._settings = {**_SETTINGS, **(settings or {})}
         self._password = secrets.token_hex(8)
         self.port = free_port()
 
-    def dsn(self, database: str = "postgres", *, user: str = _USER, password: str | None = None) -> str:
-        return f"postgresql://{user}:{password or self._password}@127.0.0.1:{self.port}/{database}"
+    def dsn(self) -> str:
+        """A superuser's."""
+        return f"postgresql://{_USER}:{self._password}@127.0.0.1:{self.port}/postgres"
 
     @property
     def log(self) -> Path:
         return self._folder / "postgres.log"
-
-    def program(self, name: str) -> Path:
-        """One of PostgreSQL's own programs, e.g. pg_recvlogical."""
-        return self._bin / name
 
     def start(self) -> None:
         """Initialises the cluster the first time; returns when it takes connections."""
@@ -78,7 +71,7 @@ class EmbeddedPostgres:
             "-E", "UTF8", "--locale=C", "--no-sync",
         )  # fmt: skip
         password_file.unlink()
-        lines = [f"{key} = '{value}'\n" for key, value in {**self._settings, "port": str(self.port)}.items()]
+        lines = [f"{key} = '{value}'\n" for key, value in {**_SETTINGS, "port": str(self.port)}.items()]
         with (self._data / "postgresql.conf").open("a") as file:
             file.writelines(lines)
 

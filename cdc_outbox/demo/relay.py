@@ -8,12 +8,12 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
-from urllib.error import URLError
+from typing import Any, Final, Self
 from urllib.request import urlopen
 
 from cdc_outbox.demo.ports import free_port
 from cdc_outbox.errors import CheckFailed
+from cdc_outbox.service.http import ask_readyz
 
 _READY_SECONDS: Final = 20.0
 _STOP_SECONDS: Final = 40.0
@@ -54,12 +54,14 @@ class RelayProcess:
         """Raises CheckFailed with what the relay printed if it ends or does not become ready."""
         deadline = time.monotonic() + _READY_SECONDS
         while time.monotonic() < deadline and self.process.poll() is None:
-            try:
-                with urlopen(f"http://{self.address}/readyz", timeout=1):
-                    return
-            except (URLError, OSError):
-                time.sleep(0.02)
+            if (self.readyz() or {}).get("ready"):
+                return
+            time.sleep(0.02)
         raise CheckFailed(f"the relay did not become ready; it said: {self.said()}")
+
+    def readyz(self) -> dict[str, Any] | None:
+        """What it says of itself; None if it does not answer."""
+        return ask_readyz(self.address, timeout_seconds=1)
 
     def metric(self, sample: str) -> float | None:
         """The value of a sample, written as /metrics writes it: name and labels; None if it is not there."""

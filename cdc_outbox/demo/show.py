@@ -95,19 +95,21 @@ class Show:
         """DSN and bootstrap servers: those given, or of servers started now."""
         dsn, bootstrap_servers = self._given_dsn, self._given_bootstrap_servers
         folder = stack.enter_context(server_folder())
+        servers: list[EmbeddedPostgres | EmbeddedKafka] = []
         if not bootstrap_servers:
             with _download_bars(self._console) as progress:
                 kafka = EmbeddedKafka(folder / "kafka", fetch_kafka(progress))
-            with self._console.status("starting Apache Kafka"):
-                stack.enter_context(running(kafka))
             bootstrap_servers = kafka.bootstrap_servers
-            self._console.print(f"[green]✓[/] Apache Kafka at {bootstrap_servers}")
+            servers.append(kafka)
         if not dsn:
             postgres = EmbeddedPostgres(folder / "postgres")
-            with self._console.status("starting PostgreSQL"):
-                stack.enter_context(running(postgres))
             dsn = postgres.dsn()
-            self._console.print(f"[green]✓[/] PostgreSQL at 127.0.0.1:{postgres.port}")
+            servers.append(postgres)
+        with self._console.status("starting the servers"):
+            stack.enter_context(running(*servers))
+        for server in servers:
+            name = "PostgreSQL" if isinstance(server, EmbeddedPostgres) else "Apache Kafka"
+            self._console.print(f"[green]✓[/] {name} at 127.0.0.1:{server.port}")
         return dsn, bootstrap_servers
 
     def _run_traffic(self, scene: Scene, relay: RelayProcess, seconds: float) -> None:

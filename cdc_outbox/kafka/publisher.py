@@ -107,6 +107,7 @@ class Publisher:
     ) -> None:
         self._bootstrap_servers = bootstrap_servers
         self._count_failure = count_failure
+        _refuse_broken_promises(settings)
         self.client_settings: dict[str, Any] = {
             **_DEFAULTS,
             **settings,
@@ -115,7 +116,6 @@ class Publisher:
             "queue.buffering.max.messages": max_in_flight,
             "error_cb": self._on_error,
         }
-        refuse_broken_promises(settings)
         try:
             self.producer = Producer(self.client_settings, logger=logging.getLogger("librdkafka"))
         except KafkaException as error:
@@ -204,7 +204,7 @@ class Publisher:
             self._trouble = error.str()
 
 
-def refuse_broken_promises(settings: ProducerSettings) -> None:
+def _refuse_broken_promises(settings: ProducerSettings) -> None:
     """Raises ConfigurationError naming the first key that would break a promise."""
     for key in settings:
         if key in _REFUSED:

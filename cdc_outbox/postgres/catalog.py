@@ -11,15 +11,13 @@ import psycopg
 from psycopg import sql
 
 from cdc_outbox.errors import ConfigurationError, OperatorNeeded
-from cdc_outbox.postgres.connection import Connection, translated
+from cdc_outbox.postgres.connection import MIGRATE_HINT, Connection, translated
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.stream import check_slot_name
 
 OLDEST_SUPPORTED: Final = 14
 FAILOVER_SINCE: Final = 17
 PLUGIN: Final = "pgoutput"
-
-MIGRATE_HINT: Final = "run: cdc-outbox migrate up"
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,11 +50,12 @@ _REFUSALS: Final = (
 
 _IN_USE: Final = "55006"
 _ADMIN_SHUTDOWN: Final = "57P01"
+MIGRATE_HINT: Final = "run: cdc-outbox migrate up"
 _NEEDS_OPERATOR: Final = {
     "42501": "grant the role what it lacks, or let an administrator run this",
-    "42704": "run: cdc-outbox migrate up",
-    "42P01": "run: cdc-outbox migrate up",
-    "3F000": "run: cdc-outbox migrate up",
+    "42704": MIGRATE_HINT,
+    "42P01": MIGRATE_HINT,
+    "3F000": MIGRATE_HINT,
     "55000": "look at pg_replication_slots (wal_status, invalidation_reason); a lost slot must be made anew",
     "53400": "raise max_replication_slots on the server",
 }

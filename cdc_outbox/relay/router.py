@@ -197,7 +197,7 @@ def _plan(
         headers = make_headers(event_id, event_type, key, commit_time_ms)
         if with_headers and values[4] is not None:
             headers += _own_headers(event_id, values[4])
-        # a plain tuple in the shape of a Record: building the NamedTuple would cost 0.2 µs per event
+        # a plain tuple in the shape of a Record: building the NamedTuple would be one more call per event
         return topics[values[topic_at:]], value, key, headers
 
     return plan

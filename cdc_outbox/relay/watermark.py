@@ -20,7 +20,7 @@ OnFailure = Callable[[Any, Any], None]
 class Batch:
     """A run of events, published together and confirmed together.
 
-    Unconfirmable (``end_lsn`` 0) until the transaction of its last event has committed in the stream.
+    What it confirms is the last transaction that committed in it; nothing (``end_lsn`` 0) while none has.
     """
 
     __slots__ = ("_on_failure", "end_lsn", "events", "first_commit_time_ms", "outstanding", "per_topic")

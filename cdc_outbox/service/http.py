@@ -1,4 +1,6 @@
-"""HTTP: /healthz (the process lives), /readyz (it streams, or says why not), /metrics. Reads snapshots only.
+"""HTTP: /healthz (the process lives), /readyz (it streams, or says why not), /metrics; and how to ask a relay.
+
+The server reads snapshots only.
 
 Liveness never depends on Kafka or PostgreSQL: restarting the relay would mend neither.
 """
@@ -10,6 +12,8 @@ import time
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
+from urllib.error import HTTPError
+from urllib.request import urlopen
 
 import orjson
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -20,6 +24,22 @@ from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
 
 _RETRY_SECONDS: Final = 1.0
+
+
+def ask_readyz(address: str, *, timeout_seconds: float) -> dict[str, Any] | None:
+    """The report of the relay that listens at ``address`` (host:port); None if none answers."""
+    try:
+        with urlopen(f"http://{address}/readyz", timeout=timeout_seconds) as answer:
+            body = answer.read()
+    except HTTPError as answer:  # 503 is an answer too
+        body = answer.read()
+    except OSError:
+        return None
+    try:
+        report = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
+    return report if isinstance(report, dict) else None
 
 
 class _Server(ThreadingHTTPServer):

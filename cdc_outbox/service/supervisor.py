@@ -151,11 +151,10 @@ class Supervisor:
                     self._metrics.slot_seen(monitor.look())
                     self._health.alarm = None
                     monitor.wait(_MONITOR_SECONDS, wake_descriptor=self._shutdown.descriptor)
-                except (OperatorNeeded, ServerStopping) as error:
-                    self._metrics.slot_seen(None)
-                    self._health.alarm = error
-                    self._shutdown.sleep(_MONITOR_RETRY_SECONDS)
                 except CdcOutboxError as error:
                     self._metrics.slot_seen(None)
-                    self._log.debug("slot_not_seen", reason=error.message)
+                    if isinstance(error, OperatorNeeded | ServerStopping):
+                        self._health.alarm = error
+                    else:
+                        self._log.debug("slot_not_seen", reason=error.message)
                     self._shutdown.sleep(_MONITOR_RETRY_SECONDS)
