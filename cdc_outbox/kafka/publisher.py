@@ -115,9 +115,10 @@ class Publisher:
             "bootstrap.servers": bootstrap_servers,
             "queue.buffering.max.messages": max_in_flight,
             "error_cb": self._on_error,
+            "logger": logging.getLogger("librdkafka"),  # else it writes to standard error, past our logs
         }
         try:
-            self.producer = Producer(self.client_settings, logger=logging.getLogger("librdkafka"))
+            self.producer = Producer(self.client_settings)
         except KafkaException as error:
             reason = error.args[0].str()
             raise ConfigurationError(f"kafka.producer: {reason}", hint="see librdkafka's CONFIGURATION.md") from error

@@ -109,6 +109,14 @@ def test_http(world: World, start_relay: StartRelay) -> None:
     wait_until(lambda: relay.metric("cdc_outbox_slot_lag_bytes") is not None, "the monitor has looked")
 
 
+def test_nothing_but_our_lines_is_logged_when_a_topic_is_created(world: World, start_relay: StartRelay) -> None:
+    world.migrate()
+    relay = start_relay(CDC_OUTBOX_LOG_FORMAT="json", CDC_OUTBOX_KAFKA__CREATE_TOPICS="true")
+    world.insert(f"{world.name}_new")
+    world.wait_until_confirmed()
+    assert [json.loads(line)["level"] for line in relay.said().splitlines()] == ["info", "info"]
+
+
 def test_logs_for_machines(world: World, start_relay: StartRelay) -> None:
     world.migrate()
     relay = start_relay(CDC_OUTBOX_LOG_FORMAT="json")
