@@ -20,7 +20,8 @@ KAFKA: Final = "org.apache.kafka:kafka_2.13:4.3.1"
 #: What is fetched the first time, for the bar: jars and their descriptions.
 KAFKA_SIZE_BYTES: Final = 44_000_000
 _START_SECONDS: Final = 60.0
-_STOP_SECONDS: Final = 15.0
+#: A clean stop takes a second; a broker that is stopped while it starts never ends by itself.
+_STOP_SECONDS: Final = 4.0
 
 #: (file name, its size in bytes) -> a context that yields a function to be called with every count of bytes
 DownloadProgress = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
