@@ -96,5 +96,5 @@ def _stay(scene: Scene, relay: RelayProcess) -> None:
     exports = "\n".join(f"export {name}='{value}'" for name, value in environment.items())
     click.echo(_STAYING.format(scene=scene, relay=relay, exports=exports))
     sys.stdout.flush()
-    while relay.process.poll() is None:
+    while not relay.ended:
         time.sleep(0.5)

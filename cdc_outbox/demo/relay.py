@@ -50,10 +50,15 @@ class RelayProcess:
                 self.process.kill()
                 self.process.wait()
 
+    @property
+    def ended(self) -> bool:
+        """Asked of the kernel: Ctrl-C inside Popen.poll leaves its lock taken, and then nobody can wait any more."""
+        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
     def wait_until_ready(self) -> None:
         """Raises CheckFailed with what the relay printed if it ends or does not become ready."""
         deadline = time.monotonic() + _READY_SECONDS
-        while time.monotonic() < deadline and self.process.poll() is None:
+        while time.monotonic() < deadline and not self.ended:
             if (self.readyz() or {}).get("ready"):
                 return
             time.sleep(0.02)

@@ -122,8 +122,8 @@ class Show:
         ):
 
             def watch(phase: str) -> None:
-                if relay.process.poll() is not None:
-                    raise CheckFailed(f"the relay ended with {relay.process.returncode}: {relay.said()}")
+                if relay.ended:
+                    raise CheckFailed(f"the relay ended with {relay.process.wait()}: {relay.said()}")
                 slot = catalog.find_slot(connection, scene.name)
                 lag_bytes = slot.lag_bytes if slot and slot.lag_bytes else 0
                 live.update(_live_table(self._ledger, lag_bytes, phase, time.monotonic() - started), refresh=True)
