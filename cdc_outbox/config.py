@@ -89,7 +89,7 @@ class OutboxConfig(_Section):
 
 class RelayConfig(_Section):
     max_in_flight: int = Field(default=8_000, ge=1, le=10_000_000)
-    on_poison: Literal["stop"] = "stop"
+    on_poison: Literal["stop", "dead-letter"] = "stop"
 
 
 class HttpConfig(_Section):

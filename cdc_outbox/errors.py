@@ -10,6 +10,7 @@ the hint says how to mend it. The edges translate library exceptions into these 
     │   ├── SourceUnavailable   PostgreSQL
     │   │   └── ServerStopping  it is being stopped, and waits for us to let go
     │   └── BrokerUnavailable   Kafka
+    │       └── BatchRefused    one event of a batch, but which? Try again one by one
     ├── SlotInUse               another relay leads: stand by
     ├── OperatorNeeded          nothing the relay can do by itself             exit 3
     │   ├── MalformedStream     bytes that are wrong or not supported
@@ -55,6 +56,10 @@ class BrokerUnavailable(UnavailableError):
     side = "kafka"
 
 
+class BatchRefused(BrokerUnavailable):
+    """The broker refused a whole batch for one of its events and does not say which."""
+
+
 class SlotInUse(CdcOutboxError):
     exit_code = 3
 
@@ -68,7 +73,11 @@ class MalformedStream(OperatorNeeded):
 
 
 class PoisonEvent(OperatorNeeded):
-    """An event that no retry will ever publish."""
+    """An event that no retry will ever publish. ``reason`` is one word for metrics and filters."""
+
+    def __init__(self, message: str, *, reason: str, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.reason = reason
 
 
 class CheckFailed(CdcOutboxError):

@@ -9,6 +9,10 @@ from support.services import OTHER_POSTGRES, installed_postgres_dsn, kafka_boots
 from support.world import World, make_world
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-table", action="store_true", help="Put the fault suite's outcomes into tests/README.md.")
+
+
 @pytest.fixture(scope="session")
 def postgres() -> Iterator[str]:
     """A superuser's DSN."""

@@ -22,6 +22,7 @@ _VERBS: Final = {
     "run": "Relay: tail the log, publish, confirm. Reconnects by itself.",
     "tail": "Print events as they commit; confirms nothing on the real slot.",
     "status": "Show slot, lag, readiness and last errors.",
+    "dead-letters": "List, show, redrive or discard events that could not be published.",
     "config": "Show the configuration that is in force.",
     "demo": "Show it all on this machine: PostgreSQL, Kafka, a writer, the relay, a verdict.",
 }
@@ -47,7 +48,7 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _VERBS:
             return None
-        return cast("click.Command", import_module(f"cdc_outbox.cli.{cmd_name}").command)
+        return cast("click.Command", import_module(f"cdc_outbox.cli.{cmd_name.replace('-', '_')}").command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):

@@ -13,6 +13,7 @@ from cdc_outbox.cli.main import Settings
 from cdc_outbox.config import Config
 from cdc_outbox.postgres.catalog import Slot, check_slot
 from cdc_outbox.postgres.connection import connect
+from cdc_outbox.postgres.dead_letters import count_waiting
 from cdc_outbox.service.http import ask_readyz
 
 _TIMEOUT_SECONDS: Final = 2.0
@@ -29,15 +30,16 @@ def command(settings: Settings, *, as_json: bool) -> None:
     config = settings.config
     with connect(config.postgres.dsn.get_secret_value()) as connection:
         slot = check_slot(connection, config.postgres.slot)
+        waiting = count_waiting(connection)
     relay = ask_readyz(config.http.listen, timeout_seconds=_TIMEOUT_SECONDS) if config.http.listen else None
     if as_json:
         shown = {**asdict(slot), "confirmed_lsn": str(slot.confirmed_lsn) if slot.confirmed_lsn is not None else None}
-        click.echo(orjson.dumps({"slot": shown, "relay": relay}))
+        click.echo(orjson.dumps({"slot": shown, "relay": relay, "dead_letters": waiting}))
     else:
-        _show(slot, relay, config)
+        _show(slot, relay, waiting, config)
 
 
-def _show(slot: Slot, relay: dict[str, Any] | None, config: Config) -> None:
+def _show(slot: Slot, relay: dict[str, Any] | None, waiting: int | None, config: Config) -> None:
     table = Table(show_header=False)
     table.add_row("slot", slot.name)
     table.add_row("held by", f"walsender {slot.active_pid}" if slot.active_pid else "[yellow]nobody[/]")
@@ -45,6 +47,8 @@ def _show(slot: Slot, relay: dict[str, Any] | None, config: Config) -> None:
     table.add_row("lag", _bytes(slot.lag_bytes))
     table.add_row("WAL kept", f"{_bytes(slot.retained_bytes)} ({slot.wal_status})")
     table.add_row("WAL until lost", "unlimited" if slot.safe_bytes is None else _bytes(slot.safe_bytes))
+    if waiting:
+        table.add_row("dead letters", f"[yellow]{waiting}[/] wait for a decision: cdc-outbox dead-letters list")
     if relay is None:
         table.add_row("relay", f"[yellow]no answer at {config.http.listen or 'http.listen (turned off)'}[/]")
     else:

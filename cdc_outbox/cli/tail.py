@@ -18,6 +18,7 @@ from cdc_outbox.service.metrics import Metrics
 from cdc_outbox.service.preflight import prepare_router
 from cdc_outbox.service.session import Session
 from cdc_outbox.service.shutdown import Shutdown
+from cdc_outbox.service.state import Stateless
 
 _SHUTDOWN_SECONDS: Final = 5.0
 
@@ -41,7 +42,8 @@ def command(settings: Settings, *, as_json: bool) -> None:
             stream.create_temporary_slot(slot)
             stream.start(slot, config.postgres.publication)
             metrics = Metrics()
-            Session(stream, _Printer(as_json=as_json), router, shutdown, Health(slot, metrics), metrics).run()
+            printer = _Printer(as_json=as_json)
+            Session(stream, printer, router, Stateless(), shutdown, Health(slot, metrics), metrics).run()
     except BrokenPipeError:  # `tail | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -82,6 +84,13 @@ class _Printer:
 
     def probe(self) -> None:
         """Nothing is ever unreachable."""
+
+    def publish_one_by_one(self, while_waiting: Callable[[], None]) -> None:
+        """It always does."""
+
+    def publish_in_batches(self) -> int:
+        """It never refuses either."""
+        return 0
 
     def explain(self, refusal: object, topic: str) -> CdcOutboxError:  # noqa: ARG002
         return BrokenInvariant(f"printing refused an event: {refusal!r}")

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Final
@@ -72,10 +72,12 @@ def fetch_kafka(progress: DownloadProgress = no_progress) -> list[Path]:
 class EmbeddedKafka:
     """One broker in ``folder``. Nothing runs before ``start``; ``stop`` leaves the data, ``start`` goes on with it."""
 
-    def __init__(self, folder: Path, jars: list[Path]) -> None:
+    def __init__(self, folder: Path, jars: list[Path], *, settings: Mapping[str, str] | None = None) -> None:
+        #: on top of our own; a value may name the ports that were found free: {port}, {controller_port}
+        self._settings = settings or {}
         self._folder = folder
         self._jars = jars
-        self._controller_port = free_port()
+        self.controller_port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self.port = free_port()
 
@@ -101,6 +103,12 @@ class EmbeddedKafka:
             self.kill()
             raise RuntimeError(self._said("Kafka did not start"))
 
+    @property
+    def pid(self) -> int:
+        """Of the running broker."""
+        assert self._process is not None
+        return self._process.pid
+
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()
@@ -118,7 +126,7 @@ class EmbeddedKafka:
         return f"{what}; it said: {self.log.read_text()[-2000:]}"
 
     def _properties(self) -> dict[str, str]:
-        controller = f"127.0.0.1:{self._controller_port}"
+        controller = f"127.0.0.1:{self.controller_port}"
         return {
             "process.roles": "broker,controller",
             "node.id": "1",
@@ -136,6 +144,10 @@ class EmbeddedKafka:
             # a broker that was killed may come back at once, not after its old registration's nine seconds
             "broker.session.timeout.ms": "1000",
             "broker.heartbeat.interval.ms": "200",
+            **{
+                key: value.format(port=self.port, controller_port=self.controller_port)
+                for key, value in self._settings.items()
+            },
         }
 
     def _java(self, main_class: str, *arguments: str) -> subprocess.Popen[bytes]:

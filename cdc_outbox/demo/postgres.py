@@ -9,6 +9,7 @@ import pwd
 import secrets
 import shutil
 import subprocess
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final, Literal
@@ -33,9 +34,12 @@ _USER: Final = "postgres"
 class EmbeddedPostgres:
     """One cluster in ``folder``. Nothing runs before ``start``; ``stop`` leaves the data."""
 
-    def __init__(self, folder: Path, *, bin_folder: Path | None = None) -> None:
+    def __init__(
+        self, folder: Path, *, bin_folder: Path | None = None, settings: Mapping[str, str] | None = None
+    ) -> None:
+        self._settings = {**_SETTINGS, **(settings or {})}
         self._folder = folder
-        self._data = folder / "data"
+        self.data = folder / "data"
         self._account = _unprivileged_account()
         self._bin = bin_folder or _wheel_programs(folder, copy=self._account is not None)
         self._password = secrets.token_hex(8)
@@ -51,13 +55,13 @@ class EmbeddedPostgres:
 
     def start(self) -> None:
         """Initialises the cluster the first time; returns when it takes connections."""
-        if not self._data.exists():
+        if not self.data.exists():
             self._initialise()
-        self._run("pg_ctl", "-D", str(self._data), "-w", "-t", "60", "-l", str(self.log), "-s", "start")
+        self._run("pg_ctl", "-D", str(self.data), "-w", "-t", "60", "-l", str(self.log), "-s", "start")
 
     def stop(self, mode: Literal["smart", "fast", "immediate"] = "fast") -> None:
-        if (self._data / "postmaster.pid").exists():
-            self._run("pg_ctl", "-D", str(self._data), "-w", "-t", "60", "-m", mode, "-s", "stop")
+        if (self.data / "postmaster.pid").exists():
+            self._run("pg_ctl", "-D", str(self.data), "-w", "-t", "60", "-m", mode, "-s", "stop")
 
     def _initialise(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -67,12 +71,12 @@ class EmbeddedPostgres:
         password_file.write_text(self._password)
         password_file.chmod(0o644)
         self._run(
-            "initdb", "-D", str(self._data), "-U", _USER, "-A", "scram-sha-256", "--pwfile", str(password_file),
+            "initdb", "-D", str(self.data), "-U", _USER, "-A", "scram-sha-256", "--pwfile", str(password_file),
             "-E", "UTF8", "--locale=C", "--no-sync",
         )  # fmt: skip
         password_file.unlink()
-        lines = [f"{key} = '{value}'\n" for key, value in {**_SETTINGS, "port": str(self.port)}.items()]
-        with (self._data / "postgresql.conf").open("a") as file:
+        lines = [f"{key} = '{value}'\n" for key, value in {**self._settings, "port": str(self.port)}.items()]
+        with (self.data / "postgresql.conf").open("a") as file:
             file.writelines(lines)
 
     def _run(self, program: str, *arguments: str) -> None:

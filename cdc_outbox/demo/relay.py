@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self
@@ -22,6 +22,8 @@ _STOP_SECONDS: Final = 40.0
 class RelayProcess:
     """`cdc-outbox run`, from the ``with``'s beginning to its end; its output goes to ``log``."""
 
+    program: Sequence[str] = (sys.executable, "-m", "cdc_outbox", "run")
+
     def __init__(self, environment: Mapping[str, str], log: Path) -> None:
         self.address = f"127.0.0.1:{free_port()}"
         self._environment = {"CDC_OUTBOX_HTTP__LISTEN": self.address, **environment}
@@ -31,7 +33,7 @@ class RelayProcess:
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("CDC_OUTBOX_")}
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "cdc_outbox", "run"],
+                self.program,
                 env={**inherited, **self._environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -42,7 +44,7 @@ class RelayProcess:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        if self.process.poll() is None:
+        if not self.ended:
             self.process.send_signal(signal.SIGTERM)
             try:
                 self.process.wait(_STOP_SECONDS)
@@ -53,6 +55,8 @@ class RelayProcess:
     @property
     def ended(self) -> bool:
         """Asked of the kernel: Ctrl-C inside Popen.poll leaves its lock taken, and then nobody can wait any more."""
+        if self.process.returncode is not None:
+            return True
         return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def wait_until_ready(self) -> None:

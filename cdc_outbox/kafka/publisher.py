@@ -11,6 +11,7 @@ from typing import Any, Final
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from cdc_outbox.errors import (
+    BatchRefused,
     BrokerUnavailable,
     CdcOutboxError,
     ConfigurationError,
@@ -50,6 +51,8 @@ _DEFAULTS: Final[dict[str, str | int | bool]] = {
     "compression.type": "lz4",
     # a broker that is back is found within a second, not ten
     "reconnect.backoff.max.ms": 1000,
+    # a connection on which nothing comes back any more is given up in a quarter of a minute, not in a whole one
+    "socket.timeout.ms": 15_000,
     # what is in flight is bounded in bytes too, so that large payloads do not cost memory by their number
     "queue.buffering.max.kbytes": 32 * 1024,
 }
@@ -80,6 +83,9 @@ _MISSING: Final = frozenset(
         KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
     }
 )
+
+#: For one event at a time: nothing can pass a refused one then, and the producer need not die of it.
+_ALONE: Final[dict[str, str | int | bool]] = {"enable.gapless.guarantee": False, "linger.ms": 0}
 
 #: How long a broker may take to answer a probe, and the report of what killed a producer to be served.
 _PROBE_SECONDS: Final = 0.5
@@ -124,6 +130,8 @@ class Publisher:
             raise ConfigurationError(f"kafka.producer: {reason}", hint="see librdkafka's CONFIGURATION.md") from error
         #: the hot call: nothing between the pipeline and librdkafka
         self.publish: Callable[..., None] = self.producer.produce
+        self._while_waiting: Callable[[], None] = lambda: None
+        self._refused_alone = 0
         #: why no broker can be reached at the moment; None while one can
         self.unreachable: str | None = None
         #: what librdkafka last complained of, until a broker has answered again
@@ -150,6 +158,49 @@ class Publisher:
             raise self.explain(error, "any") from error
         if self._denied:
             raise self._denied
+
+    def publish_one_by_one(self, while_waiting: Callable[[], None]) -> None:
+        """From now on ``publish`` returns when the event is acknowledged, and raises what the broker refuses it for.
+
+        The broker refuses a whole batch for one of its events: only alone can that one be told from the innocents.
+        ``while_waiting`` polls, and does what else must not wait. Nothing may be in flight.
+        """
+        self._while_waiting = while_waiting
+        self._refused_alone = 0
+        self._replace_producer(_ALONE)
+        self.publish = self._publish_alone
+
+    def publish_in_batches(self) -> int:
+        """The end of ``publish_one_by_one``; how many events were refused meanwhile."""
+        self._replace_producer({})
+        self.publish = self.producer.produce
+        return self._refused_alone
+
+    def _replace_producer(self, settings: ProducerSettings) -> None:
+        self.producer.purge(in_queue=True, in_flight=True, blocking=False)
+        self.producer = Producer({**self.client_settings, **settings})
+
+    def _publish_alone(
+        self,
+        topic: str,
+        value: bytes | None,
+        key: bytes,
+        partition: int,
+        on_delivery: Callable[[None, None], None],
+        _: None,
+        timestamp_ms: int,
+        headers: Any,
+    ) -> None:
+        reports: list[KafkaError | None] = []
+        self.producer.produce(
+            topic, value, key, partition, lambda error, _message: reports.append(error), None, timestamp_ms, headers
+        )
+        while not reports:
+            self._while_waiting()
+        if error := reports[0]:
+            self._refused_alone += 1
+            raise KafkaException(error)
+        on_delivery(None, None)
 
     def connect(self, timeout_seconds: float) -> set[str]:
         """See that a broker answers; return the names of its topics. Raises BrokerUnavailable, OperatorNeeded."""
@@ -186,14 +237,14 @@ class Publisher:
     def on_failure(self, error: KafkaError, message: Message) -> None:
         """Raise what a failed delivery report means; surfaces from ``poll`` and ``flush``.
 
-        The broker refuses a whole batch for one of its events, and a report carries no headers: the first aggregate of
-        the refused batch is what can be named.
+        A report of poison does not name the culprit, only its batch: BatchRefused.
         """
         topic = message.topic() or ""
         self._count_failure(topic, error.name())
-        key = message.key() or b""
-        aggregate = key.decode(errors="replace") if isinstance(key, bytes) else key
-        raise _explain(error, topic, f"an event of aggregate {aggregate!r}, or one sent with it,")
+        explained = _explain(error, topic)
+        if isinstance(explained, PoisonEvent):
+            raise BatchRefused(f"topic {topic} refuses an event, or one sent with it: {error.name()}")
+        raise explained
 
     def _on_error(self, error: KafkaError) -> None:
         if error.code() in _ACCESS:
@@ -212,15 +263,18 @@ def _refuse_broken_promises(settings: ProducerSettings) -> None:
             raise ConfigurationError(f"kafka.producer.{key} cannot be set: {_REFUSED[key]}", hint="remove it")
 
 
-def _explain(error: KafkaError, topic: str, event: str = "the event") -> CdcOutboxError:
+def _explain(error: KafkaError, topic: str) -> CdcOutboxError:
     code, reason = error.code(), f"{error.name()}: {error.str()}"
     if code in _POISON:
         return PoisonEvent(
-            f"{event} can never be published to topic {topic}: {reason}",
+            f"topic {topic} refuses it: {reason}",
+            reason=error.name(),
             hint="raise the limit (the topic's max.message.bytes, kafka.producer.message.max.bytes), or mend the row",
         )
     if code in _ACCESS:
         return OperatorNeeded(f"topic {topic} must not be written to: {reason}", hint="grant WRITE on the topic")
     if code in _MISSING:
         return OperatorNeeded(f"topic {topic} does not exist: {reason}", hint=MISSING_TOPIC_HINT)
+    if code == KafkaError._GAPLESS_GUARANTEE:  # noqa: SLF001 - some event was refused for good
+        return BatchRefused(f"topic {topic} refuses an event: {reason}")
     return BrokerUnavailable(f"publishing to topic {topic} failed: {reason}")

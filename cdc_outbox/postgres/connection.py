@@ -74,6 +74,20 @@ def connect(dsn: str, *, application_name: str = "cdc-outbox", **parameters: str
         raise _explain_refusal(error) from error
 
 
+def connect_for_state(dsn: str) -> Connection:
+    """A connection for what the relay keeps: what it commits is durable, and no lock or server holds it up for long.
+
+    Raises as ``connect`` does.
+    """
+    connection = connect(dsn, application_name="cdc-outbox state")
+    with translated("preparing the state session"):
+        connection.execute("SET statement_timeout = '5s'")
+        connection.execute(
+            "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
+        )
+    return connection
+
+
 def connection_parameters(dsn: str, *, application_name: str, **parameters: str) -> str:
     """``dsn`` with what it leaves open filled in, as a conninfo string. Raises ConfigurationError."""
     given = parse_dsn(dsn)

@@ -33,6 +33,7 @@ from cdc_outbox.postgres.connection import Connection, translated
 _ADVISORY_LOCK: Final = 0x6364636F62
 _TABLE_FILE: Final = "0002_outbox_table.sql"
 _PUBLICATION_FILE: Final = "0003_publication.sql"
+_DEAD_LETTERS_FILE: Final = "0005_dead_letters.sql"
 _CONDITION: Final = re.compile(r"-- cdc-outbox: only if (.+)")
 
 State = Literal["applied", "pending", "changed", "not needed"]
@@ -108,18 +109,27 @@ def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step
     pending = _pending(connection, target)
     steps = [Step(f"apply {migration.name}", _script(connection, migration)) for migration in pending]
     slot = find_slot(connection, target.slot)
+    made = {migration.name for migration in pending}
     with translated("looking up the publication"):
-        published = connection.execute("SELECT FROM pg_publication WHERE pubname = %s", [target.publication]).rowcount
-    if not published:
+        publication = connection.execute(
+            "SELECT puballtables OR EXISTS (SELECT FROM pg_publication_tables WHERE pubname = %(publication)s"
+            " AND schemaname = 'cdc_outbox' AND tablename = 'redrive_request')"
+            " FROM pg_publication WHERE pubname = %(publication)s",
+            {"publication": target.publication},
+        ).fetchone()
+    if publication is None:
         if slot is not None:
             raise OperatorNeeded(
                 f"slot {target.slot!r} is older than publication {target.publication!r}, which does not exist",
                 hint="a publication made now would not serve that slot; drop the slot, then run this again",
             )
-        made = {migration.name for migration in pending}
         if _PUBLICATION_FILE not in made:
             script = _publication_script(connection, target, table_is_made=_TABLE_FILE in made)
             steps.append(Step(f"create publication {target.publication}", script))
+    elif publication == (False,) and not (target.publication == "cdc_outbox" and _DEAD_LETTERS_FILE in made):
+        name = sql.Identifier(target.publication).as_string(connection)
+        script = f"ALTER PUBLICATION {name} ADD TABLE cdc_outbox.redrive_request;"
+        steps.append(Step(f"add cdc_outbox.redrive_request to publication {target.publication}", script))
     if slot is None:
         script = create_slot_sql(connection, target.slot, failover=failover)
         steps.append(Step(f"create slot {target.slot} (waits for open transactions to end)", script))
@@ -161,7 +171,10 @@ def _publication_script(connection: Connection, target: Target, *, table_is_made
     else:
         found = find_table(connection, target.table)
         table = sql.Identifier(found.namespace, found.name)
-    create = sql.SQL("CREATE PUBLICATION {} FOR TABLE {} WITH (publish = 'insert', publish_via_partition_root);")
+    create = sql.SQL(
+        "CREATE PUBLICATION {} FOR TABLE {}, cdc_outbox.redrive_request"
+        " WITH (publish = 'insert', publish_via_partition_root);"
+    )
     return create.format(sql.Identifier(target.publication), table).as_string(connection)
 
 

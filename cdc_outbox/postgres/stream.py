@@ -17,7 +17,7 @@ import psycopg
 from psycopg import pq, sql
 from psycopg.errors import lookup as error_class
 
-from cdc_outbox.errors import CdcOutboxError, ConfigurationError, SourceUnavailable
+from cdc_outbox.errors import CdcOutboxError, ConfigurationError, OperatorNeeded, SourceUnavailable
 from cdc_outbox.postgres.connection import Connection, connect, explain, first_line, translated
 from cdc_outbox.postgres.frames import standby_status_update
 from cdc_outbox.postgres.lsn import LSN
@@ -30,6 +30,7 @@ SET datestyle = 'ISO'; SET intervalstyle = 'postgres'; SET extra_float_digits = 
 SET bytea_output = 'hex'; SET wal_sender_timeout = '10s'; SELECT repeat(' ', 1048576)
 """
 
+_NOT_IN_PREREQUISITE_STATE: Final = "55000"
 _BROKE: Final = "the replication stream broke"
 _SLOT_NAME: Final = re.compile(r"[a-z0-9_]{1,63}")
 
@@ -43,6 +44,7 @@ class ReplicationStream:
     def __init__(self, dsn: str) -> None:
         self.connection: Connection = connect(dsn, replication="database")
         self._pgconn = self.connection.pgconn
+        self.connection.add_notice_handler(self._on_notice)
         with translated("preparing the replication session"):
             self.connection.execute(_SESSION)
         self._poller = select.poll()
@@ -71,6 +73,11 @@ class ReplicationStream:
             raise self._explain(result, f"replication slot {slot!r} cannot be read")
         self._pgconn.nonblocking = 1
         self.heard_at = time.monotonic()
+
+    @property
+    def walsender_pid(self) -> int:
+        """Of the process that serves us, as in pg_replication_slots.active_pid."""
+        return self._pgconn.backend_pid
 
     def frames(self) -> Iterator[bytes]:
         """The frames that are complete in libpq's buffer. Raises SourceUnavailable when the stream has ended."""
@@ -127,6 +134,8 @@ class ReplicationStream:
             self._watched = None
 
     def send_status(self, confirmed: LSN, *, request_reply: bool = False) -> None:
+        if self._end:
+            raise self._end
         update = standby_status_update(confirmed, unix_seconds=time.time(), request_reply=request_reply)
         with translated(_BROKE):
             self._pgconn.put_copy_data(update)
@@ -159,6 +168,18 @@ class ReplicationStream:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self.close()
+
+    def _on_notice(self, notice: psycopg.errors.Diagnostic) -> None:
+        """PostgreSQL 18 only warns that it sends nothing of a publication, and its keepalives go on to advance.
+
+        libpq calls this while it parses: nothing behind the warning has been confirmed yet, and nothing will be.
+        """
+        if notice.sqlstate == _NOT_IN_PREREQUISITE_STATE:
+            self._end = OperatorNeeded(
+                f"PostgreSQL sends nothing: {notice.message_primary} ({notice.message_detail})",
+                hint="a publication must be older than what its slot reads: it was dropped, or made after the slot; "
+                "publish what is missing from the table, drop the slot, make the publication, then the slot",
+            )
 
     def _explain_end(self) -> CdcOutboxError:
         result = self._pgconn.get_result()

@@ -6,11 +6,18 @@ Pure: it is handed frames and hands on records. When to read, wait, poll or conf
 from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
-from cdc_outbox.errors import CdcOutboxError, MalformedStream, PoisonEvent
+from cdc_outbox.errors import CdcOutboxError, MalformedStream, OperatorNeeded, PoisonEvent
 from cdc_outbox.postgres import pgoutput
 from cdc_outbox.postgres.frames import MESSAGE_START, XLOG_DATA, read_keepalive
 from cdc_outbox.postgres.lsn import LSN
-from cdc_outbox.relay.router import Router, RowPlan
+from cdc_outbox.relay.dead_letters import (
+    REDRIVE_REQUESTS,
+    REDRIVEN_HEADER,
+    DeadLetter,
+    DeadLetters,
+    RedriveRequest,
+)
+from cdc_outbox.relay.router import Record, Router, RowPlan
 from cdc_outbox.relay.watermark import Watermark
 
 #: A batch is closed at the first transaction end at which it has this many events, or at which a read ends.
@@ -43,15 +50,25 @@ class Publisher(Protocol):
 class Pipeline:
     """State of one replication stream. Thrown away with it: a late delivery report can then confirm nothing."""
 
-    def __init__(self, router: Router, publisher: Publisher, wait_for_room: Callable[[], None]) -> None:
+    def __init__(
+        self, router: Router, publisher: Publisher, dead_letters: DeadLetters, wait_for_room: Callable[[], None]
+    ) -> None:
         self._router = router
         self._publisher = publisher
+        self._dead_letters = dead_letters
         self._wait_for_room = wait_for_room
+        #: by an Insert's head; None for tables that hold no events
         self._plans: dict[bytes, RowPlan | None] = {}
+        self._relations: dict[bytes, pgoutput.Relation] = {}
+        self._read_request: dict[bytes, pgoutput.InsertReader] = {}
         self._commit_time_ms = 0
+        #: events of the transaction being received that are dead letters already; nearly always empty
+        self._settled_ordinals: frozenset[int] = frozenset()
         self.watermark = Watermark(publisher.on_failure)
         #: commit LSN of the transaction being received; 0 between transactions
         self.open_commit_lsn = 0
+        #: commit LSN of the transaction received last, or being received
+        self.last_commit_lsn = 0
         #: events of that transaction so far: with the commit LSN, an event's identity in the stream
         self.ordinal = 0
         self._committed_events = 0
@@ -64,6 +81,11 @@ class Pipeline:
     @property
     def in_transaction(self) -> bool:
         return self.open_commit_lsn != 0
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        """The event received last: commit LSN and ordinal. Grows along the stream."""
+        return self.last_commit_lsn, self.ordinal
 
     @property
     def acknowledged_events(self) -> int:
@@ -79,6 +101,7 @@ class Pipeline:
         plans, head = self._plans, pgoutput.INSERT_HEAD
         publish, refusal = self._publisher.publish, self._publisher.refusal
         batch, commit_time_ms, ordinal = self.watermark.current, self._commit_time_ms, self.ordinal
+        settled = self._settled_ordinals
         for frame in frames:
             # Bytes that no other message has: a hit is an Insert of a known relation with the right number of columns.
             plan = plans.get(frame[head])
@@ -86,29 +109,85 @@ class Pipeline:
                 self.ordinal = ordinal
                 done = self._control(frame)
                 batch, commit_time_ms, ordinal = self.watermark.current, self._commit_time_ms, self.ordinal
+                settled = self._settled_ordinals
                 if done:
                     break
                 continue
             if not commit_time_ms:
                 raise MalformedStream("an Insert outside a transaction")
             ordinal += 1
+            if ordinal in settled:
+                continue
             try:
                 topic, value, key, headers = plan(frame, commit_time_ms)
-            except PoisonEvent as poison:
-                raise self._located(poison, ordinal) from poison
+            except (PoisonEvent, MalformedStream) as error:
+                self.ordinal = ordinal
+                self._put_away(frame, error)
+                continue
             batch.outstanding += 1
             batch.per_topic[topic] += 1
-            while True:
+            try:
+                publish(topic, value, key, -1, batch.on_delivery, None, commit_time_ms, headers)
+            except (BufferError, refusal):
+                self.ordinal = ordinal
                 try:
-                    publish(topic, value, key, -1, batch.on_delivery, None, commit_time_ms, headers)
-                    break
-                except BufferError:
-                    self._wait_for_room()
-                except refusal as error:
-                    raise self._located(self._publisher.explain(error, topic), ordinal) from error
+                    self._publish_patiently(Record(topic, value, key, headers))
+                except PoisonEvent as poison:
+                    self._put_away(frame, poison)
         self.ordinal = ordinal
         if not self.open_commit_lsn:
             self.watermark.close_batch()
+
+    def _publish_patiently(self, record: Record) -> None:
+        """Publish an event that has been counted in: wait for room, and raise what a refusal means, counted out."""
+        batch = self.watermark.current
+        topic, value, key, headers = record
+        while True:
+            try:
+                self._publisher.publish(topic, value, key, -1, batch.on_delivery, None, self._commit_time_ms, headers)
+            except BufferError:
+                self._wait_for_room()
+            except self._publisher.refusal as refusal:
+                explained = self._publisher.explain(refusal, topic)
+                batch.outstanding -= 1
+                batch.per_topic[topic] -= 1
+                raise explained from refusal
+            else:
+                return
+
+    def _put_away(self, frame: bytes, error: PoisonEvent | MalformedStream) -> None:
+        """Let an event that can never be published become a dead letter, or stop before it."""
+        relation = self._relations[frame[pgoutput.INSERT_HEAD]]
+        if isinstance(error, MalformedStream):
+            error = PoisonEvent(error.message, reason="undecodable", hint=error.hint)
+        self._dead_letters.put(
+            DeadLetter(
+                event=self._router.describe(relation, frame, self._commit_time_ms),
+                commit_lsn=LSN(self.open_commit_lsn),
+                ordinal=self.ordinal,
+                commit_time_ms=self._commit_time_ms,
+                poison=error,
+            )
+        )
+
+    def _redrive(self, request: RedriveRequest) -> None:
+        """Publish a dead letter again, as an event of the transaction that asks for it."""
+        self.ordinal += 1
+        record = self._dead_letters.take(request)
+        if record is None:
+            return
+        batch = self.watermark.current
+        headers = [*record.headers, (REDRIVEN_HEADER, b"%d" % request.dead_letter_id)]
+        try:
+            self._router.check(record.topic)
+            batch.outstanding += 1
+            batch.per_topic[record.topic] += 1
+            self._publish_patiently(record._replace(headers=headers))
+        except OperatorNeeded as error:
+            poison = error if isinstance(error, PoisonEvent) else PoisonEvent(error.message, reason="not_writable")
+            self._dead_letters.refused_again(request.dead_letter_id, poison)
+        else:
+            batch.redriven.append(request.dead_letter_id)
 
     def _control(self, frame: bytes) -> bool:
         """Take in everything but events. True when the pipeline is draining and stands between transactions."""
@@ -124,20 +203,35 @@ class Pipeline:
             self._commit(frame)
             return self.draining
         elif tag == pgoutput.RELATION:
-            relation = pgoutput.read_relation(frame)
-            self._plans[relation.insert_head] = self._router.compile(relation)
+            self._introduce(pgoutput.read_relation(frame))
         elif tag == pgoutput.INSERT:
-            if frame[pgoutput.INSERT_HEAD] not in self._plans:
-                raise MalformedStream("an Insert into a relation, or with a number of columns, that was not announced")
+            self._insert_of_no_event(frame)
         elif tag not in pgoutput.WITHOUT_EVENT:
             raise MalformedStream(f"unsupported pgoutput message {bytes([tag])!r}")
         return False
+
+    def _introduce(self, relation: pgoutput.Relation) -> None:
+        head = relation.insert_head
+        self._relations[head] = relation
+        self._plans[head] = self._router.compile(relation)
+        if (relation.namespace, relation.name) == REDRIVE_REQUESTS:
+            self._read_request[head] = pgoutput.compile_insert_reader(relation, ["dead_letter_id", "topic", "key"])
+
+    def _insert_of_no_event(self, frame: bytes) -> None:
+        head = frame[pgoutput.INSERT_HEAD]
+        if head not in self._plans or not self.in_transaction:
+            raise MalformedStream("an Insert into a relation, or with a number of columns, that was not announced")
+        if head in self._read_request:
+            dead_letter_id, topic, key = self._read_request[head](frame)
+            self._redrive(RedriveRequest(int(dead_letter_id), topic and topic.decode(), key))
 
     def _begin(self, frame: bytes) -> None:
         if self.open_commit_lsn:
             raise MalformedStream(f"a Begin inside the transaction that commits at {LSN(self.open_commit_lsn)}")
         self.open_commit_lsn, self._commit_time_ms = pgoutput.read_begin(frame)
+        self.last_commit_lsn = self.open_commit_lsn
         self.ordinal = 0
+        self._settled_ordinals = self._dead_letters.settled_ordinals(self.open_commit_lsn)
         batch = self.watermark.current
         batch.first_commit_time_ms = batch.first_commit_time_ms or self._commit_time_ms
 
@@ -155,7 +249,3 @@ class Pipeline:
         self._committed_events += self.ordinal
         if batch.events >= BATCH_EVENTS:
             self.watermark.close_batch()
-
-    def _located(self, error: CdcOutboxError, ordinal: int) -> CdcOutboxError:
-        where = f"event {ordinal} of the transaction that commits at {LSN(self.open_commit_lsn)}"
-        return type(error)(f"{error.message} ({where})", hint=error.hint)

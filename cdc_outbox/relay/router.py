@@ -10,6 +10,7 @@ import re
 from binascii import unhexlify
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from dataclasses import field as dataclass_field
 from datetime import UTC, datetime
 from string import Formatter
 from typing import Any, Final, Literal, NamedTuple
@@ -17,6 +18,7 @@ from typing import Any, Final, Literal, NamedTuple
 import orjson
 
 from cdc_outbox.errors import ConfigurationError, MalformedStream, OperatorNeeded, PoisonEvent
+from cdc_outbox.postgres.frames import MESSAGE_START
 from cdc_outbox.postgres.pgoutput import InsertReader, Relation, compile_insert_reader
 
 HeaderStyle = Literal["plain", "cloudevents", "debezium"]
@@ -43,6 +45,20 @@ class Record(NamedTuple):
     value: bytes | None
     key: bytes
     headers: Headers
+
+
+@dataclass(frozen=True, slots=True)
+class EventDescription:
+    """Of an event that could not be published, what is known; None where the row has nothing."""
+
+    event_id: str | None = None
+    aggregate_type: str | None = None
+    aggregate_id: str | None = None
+    event_type: str | None = None
+    #: as the data would have it, whether or not it may be written to
+    topic: str | None = None
+    headers: Headers = dataclass_field(default_factory=list)
+    payload: bytes | None = None
 
 
 #: (frame, commit time in Unix ms) -> Record
@@ -79,12 +95,29 @@ class TopicTemplate:
 
     def render(self, values: tuple[bytes | None, ...]) -> str:
         """The topic for the values of ``fields``. Raises PoisonEvent if data would name a topic it must not."""
-        if None in values:
-            raise PoisonEvent(f"column {self.fields[values.index(None)]} is NULL, but kafka.topic is {self.text!r}")
-        topic = self._format.format(*(value.decode(errors="replace") for value in values if value is not None))
-        if len(topic) > _LONGEST_TOPIC or not self._pattern.fullmatch(topic):
-            raise PoisonEvent(f"topic {topic[:_LONGEST_TOPIC]!r} does not match {self._pattern.pattern!r}")
+        topic = self.fill_in(values)
+        if topic is None:
+            raise PoisonEvent(
+                f"column {self.fields[values.index(None)]} is NULL, but kafka.topic is {self.text!r}",
+                reason="topic_unknown",
+            )
+        self.check(topic)
         return topic
+
+    def check(self, topic: str) -> None:
+        """Raises PoisonEvent unless ``topic`` is one that data may name."""
+        if len(topic) > _LONGEST_TOPIC or not self._pattern.fullmatch(topic):
+            raise PoisonEvent(
+                f"topic {topic[:_LONGEST_TOPIC]!r} does not match {self._pattern.pattern!r}",
+                reason="topic_not_allowed",
+                hint="mend what writes the row, or widen kafka.topic_pattern",
+            )
+
+    def fill_in(self, values: tuple[bytes | None, ...]) -> str | None:
+        """The topic as the data would have it, allowed or not; None if a value is missing."""
+        if None in values:
+            return None
+        return self._format.format(*(value.decode(errors="replace") for value in values if value is not None))
 
 
 def _escape(literal: str) -> str:
@@ -139,6 +172,7 @@ class Router:
         self._topic = topic
         self._style = style
         self._source = source
+        self._require_topic = require_topic
         self._topics = _Topics(topic, require_topic)
 
     def compile(self, relation: Relation) -> RowPlan | None:
@@ -160,6 +194,53 @@ class Router:
             _header_maker(self._style, self._source.encode(), _MEDIA_TYPES[payload_type]),
             with_headers=with_headers,
             unhex=payload_type == _BYTEA,
+        )
+
+    def check(self, topic: str) -> None:
+        """Raises PoisonEvent unless ``topic`` is one that may be written to, whatever ``require_topic`` raises."""
+        self._topic.check(topic)
+        self._require_topic(topic)
+
+    def describe(self, relation: Relation, frame: bytes, commit_time_ms: int) -> EventDescription:
+        """What can be told of an event that has no Record. Off the hot path, and content with any row.
+
+        Of a row that cannot be decoded the payload is the whole Insert message, as the server sent it.
+        """
+        try:
+            names = [column.name for column in relation.columns]
+            row = dict(zip(names, compile_insert_reader(relation, names)(frame), strict=True))
+            return self._describe_row(row, relation, commit_time_ms)
+        except MalformedStream:
+            return EventDescription(payload=frame[MESSAGE_START:])
+
+    def _describe_row(
+        self, row: Mapping[str, bytes | None], relation: Relation, commit_time_ms: int
+    ) -> EventDescription:
+        def value(field: str) -> bytes | None:
+            return row.get(self._outbox.column(field))
+
+        payload = value("payload")
+        types = {column.name: column.type_oid for column in relation.columns}
+        payload_type = types[self._outbox.column("payload")]
+        if payload_type == _BYTEA and payload is not None:
+            payload = _unhex(payload)
+        make_headers = _header_maker(self._style, self._source.encode(), _MEDIA_TYPES[payload_type])
+        headers = make_headers(
+            value("id") or b"", value("event_type") or b"", value("aggregate_id") or b"", commit_time_ms
+        )
+        if text := value("headers"):
+            try:
+                headers += _own_headers(text)
+            except PoisonEvent:
+                headers.append(("headers", text))  # kept as they are, for whoever mends them
+        return EventDescription(
+            event_id=_text(value("id")),
+            aggregate_type=_text(value("aggregate_type")),
+            aggregate_id=_text(value("aggregate_id")),
+            event_type=_text(value("event_type")),
+            topic=self._topic.fill_in(tuple(map(value, self._topic.fields))),
+            headers=headers,
+            payload=payload,
         )
 
 
@@ -191,12 +272,12 @@ def _plan(
         values = read(frame)
         event_id, key, event_type, value = values[:4]
         if key is None:
-            raise PoisonEvent(f"event {event_id and event_id.decode()}: the aggregate id is NULL")
+            raise PoisonEvent("the aggregate id is NULL", reason="aggregate_id_null")
         if unhex and value is not None:
             value = _unhex(value)
         headers = make_headers(event_id, event_type, key, commit_time_ms)
         if with_headers and values[4] is not None:
-            headers += _own_headers(event_id, values[4])
+            headers += _own_headers(values[4])
         # a plain tuple in the shape of a Record: building the NamedTuple would be one more call per event
         return topics[values[topic_at:]], value, key, headers
 
@@ -225,16 +306,16 @@ def _header_maker(style: HeaderStyle, source: bytes, media_type: bytes) -> _Make
     return {"plain": plain, "debezium": debezium, "cloudevents": cloudevents}[style]
 
 
-def _own_headers(event_id: bytes, text: bytes) -> Headers:
+def _own_headers(text: bytes) -> Headers:
     """The row's own headers: a JSON object of strings. Other JSON values travel as their JSON text, null as null."""
     try:
         own = orjson.loads(text)
     except orjson.JSONDecodeError as error:
-        raise PoisonEvent(f"event {event_id.decode()}: its headers cannot be read: {error.msg}") from error
+        raise PoisonEvent(f"the headers cannot be read: {error.msg}", reason="headers_unreadable") from error
     if own is None:  # JSON's null, as some mappers write NULL
         return []
     if not isinstance(own, dict):
-        raise PoisonEvent(f"event {event_id.decode()}: its headers are not a JSON object")
+        raise PoisonEvent("the headers are not a JSON object", reason="headers_unreadable")
     return [(name, _header_value(value)) for name, value in own.items()]
 
 
@@ -242,6 +323,10 @@ def _header_value(value: object) -> bytes | None:
     if value is None:
         return None
     return value.encode() if isinstance(value, str) else orjson.dumps(value)
+
+
+def _text(value: bytes | None) -> str | None:
+    return None if value is None else value.decode(errors="replace")
 
 
 def _unhex(text: bytes) -> bytes:

@@ -23,7 +23,7 @@ class Batch:
     What it confirms is the last transaction that committed in it; nothing (``end_lsn`` 0) while none has.
     """
 
-    __slots__ = ("_on_failure", "end_lsn", "events", "first_commit_time_ms", "outstanding", "per_topic")
+    __slots__ = ("_on_failure", "end_lsn", "events", "first_commit_time_ms", "outstanding", "per_topic", "redriven")
 
     def __init__(self, on_failure: OnFailure) -> None:
         self._on_failure = on_failure
@@ -37,6 +37,8 @@ class Batch:
         self.events = 0
         #: events by topic, for the metrics
         self.per_topic: defaultdict[str, int] = defaultdict(int)
+        #: dead letters published again in it, by id: their outcome is recorded before the batch is confirmed
+        self.redriven: list[int] = []
 
     def on_delivery(self, error: object, message: object) -> None:
         """librdkafka's delivery report. A failed event stays outstanding: nothing after it is ever confirmed.

@@ -14,6 +14,7 @@ from cdc_outbox.service.metrics import Metrics
 State = Literal["starting", "streaming", "standby", "waiting", "halted"]
 
 _REMEMBERED_ERRORS: Final = 5
+_STUCK_SECONDS: Final = 8.0
 
 
 class Health:
@@ -26,13 +27,24 @@ class Health:
         self._since = time.time()
         #: what the monitor saw and the stream cannot see; the session ends with it
         self.alarm: CdcOutboxError | None = None
+        #: when the session's loop came by last, monotonic seconds
+        self._beat_at = time.monotonic()
         self._errors: tuple[dict[str, Any], ...] = ()
         self.confirmed_lsn = LSN(0)
         metrics.set_state(self.state)
 
     @property
     def ready(self) -> bool:
-        return self.state == "streaming"
+        return self.state == "streaming" and not self.is_stuck
+
+    @property
+    def is_stuck(self) -> bool:
+        """The loop does not come by: something it waits for synchronously hangs."""
+        return self.state == "streaming" and time.monotonic() - self._beat_at > _STUCK_SECONDS
+
+    def beat(self) -> None:
+        """To be called by the session's loop, every second at least."""
+        self._beat_at = time.monotonic()
 
     def become(self, state: State, reason: str = "") -> None:
         """Change the state; says so in the log, once per change."""
@@ -40,6 +52,7 @@ class Health:
             return
         changed = state != self.state
         self.state, self.reason = state, reason
+        self.beat()
         if changed:
             self._since = time.time()
             self._metrics.set_state(state)
@@ -56,7 +69,7 @@ class Health:
         return {
             "ready": self.ready,
             "state": self.state,
-            "reason": self.reason,
+            "reason": self.reason if not self.is_stuck else "the relay waits for something that does not answer",
             "since": round(self._since, 3),
             "slot": self._slot,
             "confirmed_lsn": str(self.confirmed_lsn),

@@ -5,17 +5,21 @@ decided lies in `relay`; what happens after an error, in `service.supervisor`.
 """
 
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from itertools import islice
 from typing import Final, Protocol
 
-from cdc_outbox.errors import CdcOutboxError, OperatorNeeded, SourceUnavailable
+from cdc_outbox.errors import BatchRefused, CdcOutboxError, OperatorNeeded, SourceUnavailable
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.relay.pipeline import Pipeline, Publisher
 from cdc_outbox.relay.router import Router
 from cdc_outbox.service.health import Health
+from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
 from cdc_outbox.service.shutdown import Shutdown
+from cdc_outbox.service.state import SessionState
 
 #: Under load requests fill for librdkafka's linger; when the input has run dry, a flush this long sends at once what
 #: lingers and usually sees it acknowledged. Shorter does not reach librdkafka's broker thread in time.
@@ -51,6 +55,8 @@ class SessionPublisher(Publisher, Protocol):
     def poll(self, timeout_seconds: float) -> None: ...
     def flush(self, timeout_seconds: float) -> None: ...
     def probe(self) -> None: ...
+    def publish_one_by_one(self, while_waiting: Callable[[], None]) -> None: ...
+    def publish_in_batches(self) -> int: ...
 
 
 class _DeadlinePassed(Exception):
@@ -65,13 +71,15 @@ class Session:
         stream: ReplicationStream,
         publisher: SessionPublisher,
         router: Router,
+        state: SessionState,
         shutdown: Shutdown,
         health: Health,
         metrics: Metrics,
     ) -> None:
         self._stream = stream
         self._publisher = publisher
-        self._pipeline = Pipeline(router, publisher, self._wait_for_room)
+        self._state = state
+        self._pipeline = Pipeline(router, publisher, state, self._wait_for_room)
         self._watermark = self._pipeline.watermark
         self._shutdown = shutdown
         self._health = health
@@ -82,6 +90,18 @@ class Session:
         self._acknowledged = 0
         self._acknowledged_at = now
         self._health_at = now
+        #: up to this event (see `reached`) each is published alone
+        self._suspected: tuple[int, int] | None = None
+        self._carried = False
+
+    def suspect(self, reached: tuple[int, int]) -> None:
+        """Among the events up to ``reached`` is one that the broker refuses: publish them one by one to find it."""
+        self._suspected = reached
+        self._publisher.publish_one_by_one(self._wait_for_room)
+
+    @property
+    def reached(self) -> tuple[int, int]:
+        return self._pipeline.reached
 
     def run(self) -> None:
         """Relay until shutdown is requested, then drain: return when everything read is confirmed, or time is up."""
@@ -89,7 +109,10 @@ class Session:
         stream.watch(self._shutdown.descriptor)
         try:
             while not self._may_stop_reading():
-                pipeline.feed(stream.frames())
+                if self._suspected is None:
+                    pipeline.feed(stream.frames())
+                else:
+                    self._feed_one(self._suspected)
                 publisher.poll(0)
                 self._settle()
                 self._report(time.monotonic())
@@ -98,15 +121,26 @@ class Session:
             self._drain(self._shutdown.seconds_left)
         except _DeadlinePassed:
             pass
-        except OperatorNeeded:
+        except (OperatorNeeded, BatchRefused):
             self._settle_what_came_before()
             raise
-        self._send_status()
-        stream.end(_END_SECONDS)
+        self._send_last_status()
 
     @property
     def unacknowledged_events(self) -> int:
         return self._watermark.outstanding
+
+    def _feed_one(self, suspected: tuple[int, int]) -> None:
+        """One frame at a time, until all that is suspected has been published alone; then in batches again."""
+        self._pipeline.feed(islice(self._stream.frames(), 1))
+        if self._pipeline.reached >= suspected:
+            self._suspected = None
+            if not self._publisher.publish_in_batches():
+                get_logger().warning(
+                    "refused_only_together",
+                    reason="Kafka refused a batch of events, and none of them alone",
+                    hint="set kafka.producer.batch.size below the smallest max.message.bytes of the topics",
+                )
 
     def _may_stop_reading(self) -> bool:
         """On shutdown, read on to the end of the transaction at hand: stopping inside one would resend its head."""
@@ -159,8 +193,7 @@ class Session:
         with suppress(CdcOutboxError):  # the trouble itself, again
             self._drain(_LAST_DRAIN_SECONDS)
         with suppress(CdcOutboxError):
-            self._send_status()
-            self._stream.end(_END_SECONDS)
+            self._send_last_status()
 
     def _check_deadline(self) -> None:
         if not self._shutdown.seconds_left:
@@ -170,6 +203,9 @@ class Session:
         """Let the watermark move over what Kafka has acknowledged, or over what the server skipped while we idle."""
         for batch in self._watermark.advance():
             self._metrics.batch_settled(batch)
+            self._carried |= batch.events > 0
+            if batch.redriven:
+                self._state.redriven(batch.redriven)
         if not self._pipeline.in_transaction:
             self._watermark.advance_idle(self._pipeline.wal_end)
 
@@ -187,9 +223,15 @@ class Session:
             self._health_at = now + _HEALTH_EVERY_SECONDS
             self._watch_health(now)
 
-    def _send_status(self) -> None:
+    def _send_last_status(self) -> None:
+        self._send_status(last=True)
+        self._stream.end(_END_SECONDS)
+
+    def _send_status(self, *, last: bool = False) -> None:
         now = time.monotonic()
         silent = now - self._stream.heard_at > _SILENCE_ASKED_SECONDS
+        self._state.confirming(self._watermark.settled_lsn, carried=self._carried, last=last)
+        self._carried = False
         self._sent_lsn = self._watermark.settled_lsn
         self._stream.send_status(self._sent_lsn, request_reply=silent)
         self._sent_at = now
@@ -197,6 +239,7 @@ class Session:
         self._health.confirmed_lsn = self._sent_lsn
 
     def _watch_health(self, now: float) -> None:
+        self._health.beat()
         outstanding, acknowledged = self._watermark.outstanding, self._pipeline.acknowledged_events
         self._metrics.events_in_flight.set(outstanding)
         self._metrics.watch_oldest(self._watermark.oldest_commit_time_ms)

@@ -11,13 +11,24 @@ import time
 from typing import Final
 
 from cdc_outbox.config import Config
-from cdc_outbox.errors import CdcOutboxError, OperatorNeeded, ServerStopping, SlotInUse, UnavailableError
+from cdc_outbox.errors import (
+    BatchRefused,
+    CdcOutboxError,
+    OperatorNeeded,
+    ServerStopping,
+    SlotInUse,
+    SourceUnavailable,
+    UnavailableError,
+)
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.postgres import catalog
+from cdc_outbox.postgres.connection import Connection, connect_for_state
+from cdc_outbox.postgres.continuity import Continuity
+from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.monitor import Monitor
 from cdc_outbox.postgres.stream import ReplicationStream
-from cdc_outbox.relay.router import TopicTemplate
+from cdc_outbox.relay.router import Router, TopicTemplate
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.http import HttpServer
 from cdc_outbox.service.logs import get_logger
@@ -25,6 +36,7 @@ from cdc_outbox.service.metrics import Metrics
 from cdc_outbox.service.preflight import prepare_router
 from cdc_outbox.service.session import Session
 from cdc_outbox.service.shutdown import Shutdown
+from cdc_outbox.service.state import RelayState, SessionState, Stateless
 
 #: How often a standby asks for the slot.
 _STANDBY_SECONDS: Final = 0.5
@@ -54,6 +66,11 @@ class Supervisor:
             table=config.outbox.table,
         )
         self._log = get_logger()
+        self._continuity = Continuity(config.postgres.slot)
+        #: after a refusal by the broker: up to where the refused event must be, see `Session.suspect`
+        self._suspected: tuple[int, int] | None = None
+        #: the process that streams to us, while one does
+        self._walsender_pid: int | None = None
         self._failures = 0
         self._streaming_since = float("inf")
         # A first producer at once: librdkafka checks its settings, and connects while PostgreSQL is connected to.
@@ -95,13 +112,16 @@ class Supervisor:
                     topics.require(self._topic.text)
                 if self._take_slot(stream, publisher):
                     self._streaming_since = time.monotonic()
-                    self._relay(Session(stream, publisher, router, self._shutdown, self._health, self._metrics))
+                    self._walsender_pid = stream.walsender_pid
+                    self._relay(stream, publisher, router)
         finally:
+            self._walsender_pid = None
             publisher.close()
 
     def _take_slot(self, stream: ReplicationStream, publisher: Publisher) -> bool:
         """Wait for the slot, as a standby while another relay has it. False if asked to stop meanwhile."""
         while not self._shutdown.requested:
+            self._is_installed = self._continuity.check(stream.connection)
             try:
                 stream.start(self._config.postgres.slot, self._config.postgres.publication)
             except SlotInUse as error:
@@ -113,14 +133,43 @@ class Supervisor:
                 return True
         return False
 
-    def _relay(self, session: Session) -> None:
-        session.run()
+    def _relay(self, stream: ReplicationStream, publisher: Publisher, router: Router) -> None:
+        with connect_for_state(self._dsn) as connection:
+            state = self._make_state(connection)
+            session = Session(stream, publisher, router, state, self._shutdown, self._health, self._metrics)
+            if self._suspected:
+                session.suspect(self._suspected)
+                self._suspected = None
+            try:
+                session.run()
+            except BatchRefused:
+                self._suspected = session.reached
+                raise
         if session.unacknowledged_events:
             self._log.warning(
                 "shutdown_deadline_passed",
                 unacknowledged_events=session.unacknowledged_events,
                 hint="they are not lost: the slot keeps them, the next start publishes them",
             )
+
+    def _make_state(self, connection: Connection) -> SessionState:
+        config = self._config
+        if self._is_installed:
+            slot = catalog.check_slot(connection, config.postgres.slot)
+            return RelayState(
+                connection,
+                self._continuity,
+                self._metrics,
+                slot=slot.name,
+                confirmed=slot.confirmed_lsn or LSN(0),
+                on_poison=config.relay.on_poison,
+            )
+        trouble = "schema cdc_outbox is not installed, or this role has no right to it"
+        mend = "run `cdc-outbox migrate up`, and GRANT cdc_outbox_relay to a role of your own"
+        if config.relay.on_poison == "dead-letter":
+            raise OperatorNeeded(f'relay.on_poison = "dead-letter", but {trouble}', hint=mend)
+        self._log.warning("gaps_not_noticed", reason=f"{trouble}: a slot made anew would not be noticed", hint=mend)
+        return Stateless()
 
     def _recover(self, error: UnavailableError) -> None:
         """Wait before the next attempt: longer each time, and not in step with other relays."""
@@ -131,6 +180,8 @@ class Supervisor:
         if time.monotonic() - self._streaming_since > _GOOD_SESSION_SECONDS:
             self._failures = 0
         self._streaming_since = float("inf")
+        if isinstance(error, BatchRefused):
+            return  # nothing to wait for: the next session finds the event
         backoff_seconds = min(_LONGEST_BACKOFF_SECONDS, _FIRST_BACKOFF_SECONDS * 2**self._failures)
         self._failures = min(self._failures + 1, 10)
         self._shutdown.sleep(backoff_seconds * random.uniform(0.5, 1.0))  # noqa: S311 - jitter is not cryptography
@@ -143,13 +194,21 @@ class Supervisor:
             count_failure=self._metrics.publish_failed,
         )
 
+    def _given_up(self, slot: catalog.Slot | None, walsender_pid: int | None) -> CdcOutboxError | None:
+        """On a half-open connection the stream is silent, while the server has long given it up."""
+        if slot is None or walsender_pid in (None, slot.active_pid) or walsender_pid != self._walsender_pid:
+            return None
+        return SourceUnavailable("the server has given up our replication stream")
+
     def _look_again_and_again(self) -> None:
         """The monitor's thread: slot figures for the metrics, and an alarm for what the stream does not say."""
         with self._monitor as monitor:
             while not self._shutdown.requested:
                 try:
-                    self._metrics.slot_seen(monitor.look())
-                    self._health.alarm = None
+                    walsender_pid = self._walsender_pid
+                    slot = monitor.look()
+                    self._metrics.slot_seen(slot)
+                    self._health.alarm = self._given_up(slot, walsender_pid)
                     monitor.wait(_MONITOR_SECONDS, wake_descriptor=self._shutdown.descriptor)
                 except CdcOutboxError as error:
                     self._metrics.slot_seen(None)

@@ -11,6 +11,7 @@ from support.waiting import wait_until
 from support.world import World
 
 VERBS = ["migrate", "migrate up", "migrate status", "migrate sql", "run", "tail", "status", "config show", "demo"]
+VERBS += [f"dead-letters{verb}" for verb in ("", " list", " show", " redrive", " discard")]
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
@@ -52,7 +53,7 @@ def test_migrate(world: World) -> None:
     pending = json.loads(command.run(world.environment, "migrate", "status", "--json").out)
     assert {entry["state"] for entry in pending} == {"pending"}
     up = command.run(world.environment, "migrate", "up")
-    assert (up.exit_code, len(up.out.splitlines())) == (0, 5)
+    assert (up.exit_code, len(up.out.splitlines())) == (0, 7)
     assert command.run(world.environment, "migrate", "up").out == "nothing to do\n"
     assert command.run(world.environment, "migrate", "sql").out == ""
     table = command.run(world.environment, "migrate", "status")

@@ -88,13 +88,16 @@ def test_an_event_too_large_for_the_topic_stops_the_relay_and_nothing_passes_it(
     create_topic(world.bootstrap_servers, topic, partitions=1, **{"max.message.bytes": "3000"})
     incompressible = json.dumps({"x": "".join(str(uuid.uuid4()) for _ in range(300))})
     with world.db.transaction():
-        world.insert(f"{world.name}_small", payload=incompressible)
+        innocent = world.insert(f"{world.name}_small")
+        poison = world.insert(f"{world.name}_small", payload=incompressible)
         world.insert(f"{world.name}_small")
     done = command.run(world.environment, "run")
     assert done.exit_code == 3
-    assert f"can never be published to topic {topic}: MSG_SIZE_TOO_LARGE" in done.error
+    assert f"for topic {topic} can never be published: topic {topic} refuses it: MSG_SIZE_TOO_LARGE" in done.error
+    assert f"event {poison} of aggregate a-1 " in done.error
+    assert "(event 2 of the transaction that commits at " in done.error
     assert "max.message.bytes" in done.error
-    assert read_topic(world.bootstrap_servers, topic, 0) == []
+    assert delivered_ids(world, f"{world.name}_small", 1) == [innocent], "refused with it, published alone"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ from cdc_outbox.postgres.migrations import Target
 from cdc_outbox.postgres.stream import ReplicationStream
 from support.world import World
 
+FILES = len(migrations.load_migrations())
+
 
 def target(world: World, *, table: str = "public.outbox", publication: str = "cdc_outbox") -> Target:
     return Target(table, publication, world.slot)
@@ -33,10 +35,10 @@ def states(world: World, wanted: Target | None = None) -> list[str]:
 
 def test_up_installs_everything_once(every_world: World) -> None:
     world = every_world
-    assert states(world) == ["pending"] * 4
+    assert states(world) == ["pending"] * FILES
     steps = up(world)
-    assert [step.split()[0] for step in steps] == ["apply"] * 4 + ["create"]
-    assert states(world) == ["applied"] * 4
+    assert [step.split()[0] for step in steps] == ["apply"] * FILES + ["create"]
+    assert states(world) == ["applied"] * FILES
     assert up(world) == []
     slot = catalog.find_slot(world.db, world.slot)
     assert slot
@@ -90,14 +92,14 @@ def test_concurrent_ups_wait_for_each_other(every_world: World) -> None:
     for thread in threads:
         thread.join()
     assert errors == []
-    assert sorted(map(len, done)) == [0, 0, 0, 5]
+    assert sorted(map(len, done)) == [0, 0, 0, FILES + 1]
 
 
 def test_a_file_changed_after_it_was_applied_is_refused(every_world: World) -> None:
     world = every_world
     up(world)
     world.db.execute("UPDATE cdc_outbox.schema_migration SET sha256 = 'x' WHERE name LIKE '0002%'")
-    assert states(world) == ["applied", "changed", "applied", "applied"]
+    assert states(world) == ["applied", "changed", *["applied"] * (FILES - 2)]
     with pytest.raises(OperatorNeeded, match=r"0002_outbox_table\.sql was changed"):
         up(world)
 
@@ -106,10 +108,10 @@ def test_sql_prints_what_up_would_run(every_world: World) -> None:
     world = every_world
     with connect(world.dsn) as connection:
         script = "\n".join(step.script for step in migrations.plan(connection, target(world), failover=False))
-        assert states(world) == ["pending"] * 4, "printing changes nothing"
+        assert states(world) == ["pending"] * FILES, "printing changes nothing"
         for statement in script.split("COMMIT;"):  # as psql would: not all in one transaction
             connection.execute(f"{statement} COMMIT;".encode() if "BEGIN;" in statement else statement.encode())
-    assert states(world) == ["applied"] * 4
+    assert states(world) == ["applied"] * FILES
     assert up(world) == []
 
 
@@ -119,8 +121,8 @@ def test_an_existing_table_by_configuration_alone(every_world: World) -> None:
     world.db.execute('CREATE TABLE "App".outboxevent (id uuid, aggregatetype text, aggregateid text)')
     wanted = target(world, table='"App".outboxevent', publication="App events")
     steps = up(world, wanted)
-    assert [step.split()[0] for step in steps] == ["apply", "apply", "create", "create"]
-    assert states(world, wanted) == ["applied", "not needed", "not needed", "applied"]
+    assert [step.split()[0] for step in steps] == [*["apply"] * (FILES - 2), "create", "create"]
+    assert states(world, wanted) == ["applied", "not needed", "not needed", *["applied"] * (FILES - 3)]
     assert world.db.execute("SELECT to_regclass('public.outbox')").fetchone() == (None,)
     table = catalog.find_table(world.db, '"App".outboxevent')
     assert catalog.check_publication(world.db, "App events", table) == []
@@ -130,10 +132,21 @@ def test_an_existing_table_by_configuration_alone(every_world: World) -> None:
 def test_a_publication_of_another_name(every_world: World) -> None:
     world = every_world
     wanted = target(world, table="outbox", publication="Other")
-    assert [step.split()[0] for step in up(world, wanted)] == ["apply"] * 3 + ["create"] * 2
-    assert states(world, wanted) == ["applied", "applied", "not needed", "applied"]
+    assert [step.split()[0] for step in up(world, wanted)] == ["apply"] * (FILES - 1) + ["create"] * 2
+    assert states(world, wanted) == ["applied", "applied", "not needed", *["applied"] * (FILES - 3)]
     assert catalog.check_publication(world.db, "Other", catalog.find_table(world.db, "outbox")) == []
     assert up(world, wanted) == []
+
+
+def test_a_publication_that_is_there_learns_of_redrive_requests(every_world: World) -> None:
+    world = every_world
+    world.db.execute("CREATE TABLE events (id uuid, aggregate_id text, event_type text, payload json)")
+    world.db.execute("CREATE PUBLICATION mine FOR TABLE events WITH (publish = 'insert')")
+    wanted = target(world, table="events", publication="mine")
+    assert "add cdc_outbox.redrive_request to publication mine" in up(world, wanted)
+    assert up(world, wanted) == []
+    tables = "SELECT schemaname || '.' || tablename FROM pg_publication_tables WHERE pubname = 'mine' ORDER BY 1"
+    assert world.db.execute(tables).fetchall() == [("cdc_outbox.redrive_request",), ("public.events",)]
 
 
 def test_a_table_that_is_not_there_is_named(every_world: World) -> None:
@@ -176,6 +189,9 @@ def as_role(world: World, role: str, statement: str) -> list[tuple[object, ...]]
         "DELETE FROM public.outbox",
         "INSERT INTO cdc_outbox.schema_migration VALUES ('x', 'x')",
         "CREATE TABLE cdc_outbox.x ()",
+        "DELETE FROM cdc_outbox.dead_letter",
+        "INSERT INTO cdc_outbox.redrive_request (dead_letter_id) VALUES (1)",
+        "DELETE FROM cdc_outbox.confirmation",
         "DROP PUBLICATION cdc_outbox",
     ],
 )
@@ -189,9 +205,13 @@ def test_what_neither_role_may_do(every_world: World, role: str, statement: str)
 def test_the_reader_reads_the_state_and_nothing_else(every_world: World) -> None:
     world = every_world
     up(world)
-    assert as_role(world, "cdc_outbox_reader", "SELECT count(*) FROM cdc_outbox.schema_migration") == [(4,)]
+    assert as_role(world, "cdc_outbox_reader", "SELECT count(*) FROM cdc_outbox.schema_migration") == [(FILES,)]
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
         as_role(world, "cdc_outbox_relay", "SELECT * FROM cdc_outbox.schema_migration")
+    assert as_role(world, "cdc_outbox_reader", "SELECT id, topic, reason FROM cdc_outbox.dead_letter") == []
+    for secret in ("payload", "headers", "key"):
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            as_role(world, "cdc_outbox_reader", f"SELECT {secret} FROM cdc_outbox.dead_letter")
     world.db.execute("CREATE TABLE cdc_outbox.later (x int)")
     assert as_role(world, "cdc_outbox_reader", "SELECT * FROM cdc_outbox.later") == []
     role = "SELECT rolcanlogin, rolreplication, rolsuper FROM pg_roles WHERE rolname = %s"
@@ -230,7 +250,7 @@ def test_without_the_right_to_make_roles_the_rest_is_installed(every_world: Worl
         as_owner = conninfo.make_conninfo(world.dsn, user=owner, password="x")
         with connect(as_owner) as connection:
             migrations.up(connection, target(world), failover=False, report=lambda _: None)
-        assert states(world) == ["applied"] * 4
+        assert states(world) == ["applied"] * FILES
         assert not role_exists(world, "cdc_outbox_relay")
     finally:
         for role in ("cdc_outbox_relay", "cdc_outbox_reader"):

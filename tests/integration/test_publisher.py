@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 
 from cdc_outbox.demo.ports import free_port
-from cdc_outbox.errors import BrokerUnavailable, OperatorNeeded, PoisonEvent
+from cdc_outbox.errors import BatchRefused, BrokerUnavailable, OperatorNeeded, PoisonEvent
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import Topics
 from support.java_partitioner import partition_of
 from support.waiting import wait_until
 from support.world import create_topic, read_topic
+
+INCOMPRESSIBLE = b"".join(uuid.uuid4().bytes for _ in range(500))
 
 
 @pytest.fixture
@@ -106,7 +108,7 @@ def reports_to(publisher: Publisher, delivered: list[bytes]) -> Callable[[Any, A
     return on_delivery
 
 
-def test_what_the_broker_refuses_for_good_is_poison_and_nothing_passes_it(publisher: Publisher, kafka: str) -> None:
+def test_a_batch_refused_for_good_names_no_culprit_and_nothing_passes_it(publisher: Publisher, kafka: str) -> None:
     name = f"test.{uuid.uuid4().hex}"
     create_topic(kafka, name, partitions=1, **{"max.message.bytes": "2000"})
     delivered: list[bytes] = []
@@ -117,14 +119,42 @@ def test_what_the_broker_refuses_for_good_is_poison_and_nothing_passes_it(publis
 
     publish(b"small")
     flush(publisher)
-    incompressible = uuid.uuid4().bytes + b"".join(uuid.uuid4().bytes for _ in range(500))
-    publish(incompressible)
+    publish(INCOMPRESSIBLE)
     for _ in range(20):
         publish(b"after")
-    with pytest.raises(PoisonEvent, match=rf"aggregate 'k', .* can never be published to topic {name}: MSG_SIZE"):
+    with pytest.raises(BatchRefused, match=rf"topic {name} refuses an event, or one sent with it: MSG_SIZE"):
         flush(publisher)
     assert delivered == [b"small"]
     assert [message.value() for message in read_topic(kafka, name, 1)] == [b"small"]
+
+
+def test_one_by_one_the_culprit_is_named_and_the_innocents_land(publisher: Publisher, kafka: str) -> None:
+    name = f"test.{uuid.uuid4().hex}"
+    create_topic(kafka, name, partitions=1, **{"max.message.bytes": "2000"})
+    waits: list[int] = []
+
+    def while_waiting() -> None:
+        waits.append(publisher.in_flight)
+        publisher.poll(0.05)
+
+    def publish(value: bytes) -> None:
+        publisher.publish(name, value, b"k", -1, publisher_callback, None, 0, [("id", b"e-1")])
+
+    publisher.publish_one_by_one(while_waiting)
+    for number in range(5):
+        publish(b"before %d" % number)
+        assert publisher.in_flight == 0, "acknowledged when it returns"
+        with pytest.raises(publisher.refusal) as caught:
+            publish(INCOMPRESSIBLE)
+        error = publisher.explain(caught.value, name)
+        assert isinstance(error, PoisonEvent)
+        assert error.reason == "MSG_SIZE_TOO_LARGE"
+    assert waits
+    publisher.publish_in_batches()
+    publish(b"after")
+    flush(publisher)
+    values = [message.value() for message in read_topic(kafka, name, 6)]
+    assert values == [*(b"before %d" % number for number in range(5)), b"after"]
 
 
 def test_what_the_client_refuses_is_poison(kafka: str, topic: str) -> None:

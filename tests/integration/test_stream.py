@@ -162,3 +162,39 @@ def test_text_is_utf8_whatever_the_database_encoding(world: World) -> None:
     finally:
         latin1.db.close()
         drop_database(world.db, name)
+
+
+@pytest.mark.parametrize("trouble", ["made after the slot", "dropped while streaming"])
+def test_nothing_is_confirmed_past_a_publication_that_does_not_serve(every_world: World, trouble: str) -> None:
+    """PostgreSQL 18 only warns, sends nothing and goes on; those before it end the stream with an error."""
+    world = every_world
+    world.migrate()
+    world.db.execute("CREATE TABLE t (a int)")
+    world.db.execute("CREATE PUBLICATION served FOR TABLE outbox, t")
+    if trouble == "dropped while streaming":
+        world.db.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [world.slot])
+    else:
+        world.db.execute("DROP PUBLICATION served")
+        world.insert("t")
+        world.db.execute("CREATE PUBLICATION served FOR TABLE outbox")
+    with ReplicationStream(world.dsn) as stream:
+        stream.start(world.slot, "served")
+        if trouble == "dropped while streaming":
+            world.insert("t")
+            read_until_commits(stream, 1)
+            world.db.execute("DROP PUBLICATION served")
+            world.insert("t")
+
+        def refused() -> OperatorNeeded | None:
+            try:
+                assert sum(frame[25:26] == b"I" for frame in stream.frames()) == 0
+                stream.receive()
+                stream.send_status(LSN(0))
+            except OperatorNeeded as error:
+                return error
+            return None
+
+        error = wait_until(refused, "it is said")
+        assert error
+        assert 'publication "served"' in error.message
+        assert error.hint

@@ -1,3 +1,4 @@
+from collections import Counter
 from typing import Any
 
 import pytest
@@ -5,12 +6,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc_outbox.errors import CdcOutboxError, MalformedStream, PoisonEvent
+from cdc_outbox.relay.dead_letters import DeadLetter, DeadLetters, RedriveRequest
 from cdc_outbox.relay.pipeline import BATCH_EVENTS, Pipeline
-from cdc_outbox.relay.router import Outbox, Router, TopicTemplate
+from cdc_outbox.relay.router import Outbox, Record, Router, TopicTemplate
+from cdc_outbox.service.state import Stateless
 from support import frames
 
 OUTBOX = {"id": 2950, "aggregate_type": 25, "aggregate_id": 25, "event_type": 25, "payload": 114}
 RELATION = frames.relation(7, "outbox", OUTBOX)
+REQUEST = {"id": 20, "dead_letter_id": 20, "topic": 25, "key": 25}
 
 
 class Refused(Exception):
@@ -41,16 +45,38 @@ class FakePublisher:
         del self.taken[:count]
 
     def explain(self, refusal: Any, topic: str) -> CdcOutboxError:
-        return PoisonEvent(f"refused by {topic}: {refusal!r}")
+        return PoisonEvent(f"refused by {topic}: {refusal!r}", reason="refused")
 
     def on_failure(self, error: Any, message: Any) -> None:
         raise AssertionError(error, message)
 
 
-def make(publisher: FakePublisher, wait_for_room: Any = None) -> Pipeline:
+class FakeDeadLetters:
+    """Keeps what is put away; gives what it was told to."""
+
+    def __init__(self) -> None:
+        self.kept: list[DeadLetter] = []
+        self.settled: dict[int, frozenset[int]] = {}
+        self.records: dict[int, Record] = {}
+        self.refused: list[tuple[int, str]] = []
+
+    def put(self, letter: DeadLetter) -> None:
+        self.kept.append(letter)
+
+    def settled_ordinals(self, commit_lsn: int) -> frozenset[int]:
+        return self.settled.get(commit_lsn, frozenset())
+
+    def take(self, request: RedriveRequest) -> Record | None:
+        return self.records.get(request.dead_letter_id)
+
+    def refused_again(self, dead_letter_id: int, poison: PoisonEvent) -> None:
+        self.refused.append((dead_letter_id, poison.reason))
+
+
+def make(publisher: FakePublisher, wait_for_room: Any = None, dead_letters: DeadLetters | None = None) -> Pipeline:
     outbox = Outbox("public", "outbox", {name: name for name in OUTBOX})
     router = Router(outbox, TopicTemplate("outbox.{aggregate_type}"), "plain", "", lambda _: None)
-    return Pipeline(router, publisher, wait_for_room or (lambda: pytest.fail("no room")))
+    return Pipeline(router, publisher, dead_letters or Stateless(), wait_for_room or (lambda: pytest.fail("no room")))
 
 
 def event(number: int) -> bytes:
@@ -213,12 +239,88 @@ def test_poison_and_refusals_are_located() -> None:
     publisher = FakePublisher()
     pipeline = make(publisher)
     pipeline.feed([RELATION, frames.begin(0x10), event(1)])
-    with pytest.raises(PoisonEvent, match=r"NULL \(event 2 of the transaction that commits at 0/10\)"):
+    with pytest.raises(PoisonEvent, match=r"event e .*NULL \(event 2 of the transaction that commits at 0/10\)"):
         pipeline.feed([frames.insert(7, [b"e", b"order", None, b"t", b"{}"])])
     publisher.refuse = True
     pipeline = make(publisher)
-    with pytest.raises(PoisonEvent, match=r"refused by outbox.order: Refused\(\) \(event 1 of"):
+    with pytest.raises(PoisonEvent, match=r"event e1 .*refused by outbox.order: Refused\(\) \(event 1 of"):
         pipeline.feed([RELATION, frames.begin(0x10), event(1)])
+
+
+def test_what_is_put_away_is_settled_and_the_rest_flows() -> None:
+    publisher, dead_letters = FakePublisher(), FakeDeadLetters()
+    pipeline = make(publisher, dead_letters=dead_letters)
+    null_key = frames.insert(7, [b"e2", b"order", None, b"t", b"{}"])
+    no_topic = frames.insert(7, [b"e3", b"a b", b"a", b"t", b"{}"])
+    cut_short = event(4)[:-1]
+    pipeline.feed([RELATION, *transaction(10, event(1), null_key, no_topic, cut_short, event(5))])
+    assert [record[7][0][1] for record in publisher.taken] == [b"e1", b"e5"]
+    assert [(letter.commit_lsn, letter.ordinal, letter.poison.reason) for letter in dead_letters.kept] == [
+        (10, 2, "aggregate_id_null"),
+        (10, 3, "topic_not_allowed"),
+        (10, 4, "undecodable"),
+    ]
+    known, routed, unread = (letter.event for letter in dead_letters.kept)
+    assert (known.event_id, known.aggregate_id, known.topic, known.payload) == ("e2", None, "outbox.order", b"{}")
+    assert (routed.aggregate_type, routed.event_type, routed.topic) == ("a b", "t", "outbox.a b")
+    assert (unread.event_id, unread.payload) == (None, cut_short[25:])
+    publisher.deliver()
+    assert [batch.per_topic for batch in pipeline.watermark.advance()] == [{"outbox.order": 2}]
+    assert pipeline.watermark.settled_lsn == 11
+
+
+def test_what_the_client_refuses_is_put_away() -> None:
+    publisher, dead_letters = FakePublisher(), FakeDeadLetters()
+    pipeline = make(publisher, dead_letters=dead_letters)
+    pipeline.feed([RELATION, frames.begin(10)])
+    publisher.refuse = True
+    pipeline.feed([event(1)])
+    publisher.refuse = False
+    pipeline.feed([event(2), frames.commit(10, 11)])
+    assert [letter.event.event_id for letter in dead_letters.kept] == ["e1"]
+    assert pipeline.watermark.outstanding == 1
+    publisher.deliver()
+    (batch,) = pipeline.watermark.advance()
+    assert +Counter(batch.per_topic) == {"outbox.order": 1}
+
+
+def test_a_payload_that_is_no_bytea_is_put_away_as_it_came() -> None:
+    publisher, dead_letters = FakePublisher(), FakeDeadLetters()
+    row = frames.insert(7, [b"e1", b"order", b"a", b"t", b"\\xzz"])
+    relation = frames.relation(7, "outbox", {**OUTBOX, "payload": 17})
+    make(publisher, dead_letters=dead_letters).feed([relation, *transaction(10, row)])
+    (letter,) = dead_letters.kept
+    assert (letter.poison.reason, letter.event.payload) == ("undecodable", row[25:])
+
+
+def test_what_was_put_away_before_is_passed_over() -> None:
+    publisher, dead_letters = FakePublisher(), FakeDeadLetters()
+    dead_letters.settled = {20: frozenset({2})}
+    pipeline = make(publisher, dead_letters=dead_letters)
+    events = [event(number) for number in (1, 2, 3)]
+    pipeline.feed([RELATION, *transaction(10, *events), *transaction(20, *events), *transaction(30, *events)])
+    assert [record[7][0][1] for record in publisher.taken] == [b"e1", b"e2", b"e3", b"e1", b"e3", b"e1", b"e2", b"e3"]
+    assert dead_letters.kept == []
+
+
+def test_a_redrive_is_published_in_its_place() -> None:
+    publisher, dead_letters = FakePublisher(), FakeDeadLetters()
+    pipeline = make(publisher, dead_letters=dead_letters)
+    requests = frames.relation(9, "redrive_request", REQUEST, namespace="cdc_outbox")
+    dead_letters.records[5] = Record("outbox.order", b"old", b"k", [("id", b"e0")])
+    dead_letters.records[6] = Record("secret", b"old", b"k", [])
+    first, second, third = (frames.insert(9, [b"1", number, None, None]) for number in (b"5", b"6", b"7"))
+    pipeline.feed([RELATION, requests, *transaction(10, event(1), first, second, third, event(2))])
+    assert [record[:3] for record in publisher.taken] == [
+        ("outbox.order", b"{}", b"a"),
+        ("outbox.order", b"old", b"k"),
+        ("outbox.order", b"{}", b"a"),
+    ]
+    assert publisher.taken[1][7] == [("id", b"e0"), ("cdc-outbox-redriven", b"5")]
+    assert dead_letters.refused == [(6, "topic_not_allowed")]
+    assert pipeline.watermark.advance() == []
+    publisher.deliver()
+    assert [batch.redriven for batch in pipeline.watermark.advance()] == [[5]]
 
 
 def test_the_watermark_follows_any_chunking() -> None:

@@ -3,7 +3,7 @@
 import pytest
 from confluent_kafka import KafkaError
 
-from cdc_outbox.errors import BrokerUnavailable, ConfigurationError, OperatorNeeded, PoisonEvent
+from cdc_outbox.errors import BatchRefused, BrokerUnavailable, ConfigurationError, OperatorNeeded, PoisonEvent
 from cdc_outbox.kafka.publisher import Publisher, _explain
 
 PROMISES = (
@@ -55,6 +55,7 @@ def test_other_keys_are_passed_on() -> None:
         (KafkaError._MSG_TIMED_OUT, BrokerUnavailable),
         (KafkaError._PURGE_QUEUE, BrokerUnavailable),
         (KafkaError._FATAL, BrokerUnavailable),
+        (KafkaError._GAPLESS_GUARANTEE, BatchRefused),
         (KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER, BrokerUnavailable),
         (KafkaError.INVALID_PRODUCER_EPOCH, BrokerUnavailable),
         (KafkaError.UNKNOWN, BrokerUnavailable),

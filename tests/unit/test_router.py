@@ -74,7 +74,7 @@ def test_headers_may_be_null_in_json_too() -> None:
 
 @pytest.mark.parametrize("headers", [b"[]", b'"x"', b"{", b'{"a": "\\ud800"}'])
 def test_headers_that_are_none_are_poison(headers: bytes) -> None:
-    with pytest.raises(PoisonEvent, match="e-1: its headers"):
+    with pytest.raises(PoisonEvent, match="the headers "):
         route({**ROW, "headers": headers})
 
 

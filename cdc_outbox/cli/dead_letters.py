@@ -1,0 +1,122 @@
+"""`cdc-outbox dead-letters list|show|redrive|discard`: events that could not be published, and what becomes of them."""
+
+import base64
+from typing import Any
+
+import click
+import orjson
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cdc_outbox.cli.main import Settings
+from cdc_outbox.postgres import dead_letters
+from cdc_outbox.postgres.connection import Connection, connect
+
+_ids = click.argument("ids", nargs=-1, required=True, type=int)
+_as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+_time = click.DateTime(formats=["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M:%S", "%Y-%m-%d"])
+
+
+@click.group()
+def command() -> None:
+    """Events that could not be published (relay.on_poison = "dead-letter"), and what to do about them."""
+
+
+@command.command("list")
+@click.option("--aggregate", "aggregate_id", metavar="ID", help="Of this aggregate id.")
+@click.option("--type", "event_type", metavar="TYPE", help="Of this event type.")
+@click.option("--reason", metavar="REASON", help="With this reason, as in the list; % stands for anything.")
+@click.option("--since", type=_time, help="Put away at or after this time (the session's time zone if it names none).")
+@click.option("--until", type=_time, help="Put away before this time.")
+@click.option("--all", "settled_too", is_flag=True, help="Those too that were redriven or discarded.")
+@_as_json
+@click.pass_obj
+def list_(settings: Settings, /, *, as_json: bool, **wanted: Any) -> None:
+    """List dead letters that wait for a decision, in the order of their commits."""
+    with _connect(settings) as connection:
+        letters = dead_letters.find(connection, dead_letters.Filter(**wanted))
+    if as_json:
+        click.echo(orjson.dumps(letters))
+        return
+    if not letters:
+        click.echo("no dead letters" + ("" if wanted["settled_too"] else " that wait for a decision"))
+        return
+    table = Table("id", "state", "put away", "reason", "aggregate", "type", "topic", "tries")
+    for letter in letters:
+        table.add_row(
+            str(letter["id"]),
+            letter["state"],
+            f"{letter['created_at']:%Y-%m-%d %H:%M:%S}",
+            *(Text(letter[column] or "") for column in ("reason", "aggregate_id", "event_type", "topic")),
+            str(letter["attempts"]),
+        )
+    Console().print(table)
+
+
+@command.command()
+@click.argument("dead_letter_id", metavar="ID", type=int)
+@_as_json
+@click.pass_obj
+def show(settings: Settings, *, dead_letter_id: int, as_json: bool) -> None:
+    """Show one dead letter, payload and all."""
+    with _connect(settings) as connection:
+        letter = dead_letters.get(connection, dead_letter_id)
+    if letter is None:
+        raise dead_letters.unknown(dead_letter_id)
+    if as_json:
+        click.echo(orjson.dumps({**letter, **{column: _portable(letter[column]) for column in ("key", "payload")}}))
+        return
+    table = Table(show_header=False)
+    for column, value in letter.items():
+        if column == "headers":
+            for name, content in value or []:
+                table.add_row("header", Text(f"{name}: {content}"))
+        elif value is not None:
+            shown = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
+            table.add_row(column, Text(shown))
+    Console().print(table)
+
+
+@command.command()
+@_ids
+@click.option("--topic", help="Publish to this topic instead of the dead letter's own.")
+@click.option("--key", help="Publish with this key instead of the dead letter's own.")
+@click.pass_obj
+def redrive(settings: Settings, *, ids: tuple[int, ...], topic: str | None, key: str | None) -> None:
+    """Ask the running relay to publish dead letters again.
+
+    The request is a row that reaches the relay through the log. The event is published with the header
+    cdc-outbox-redriven; `list --all` shows the outcome.
+    """
+    publication = settings.config.postgres.publication
+    with _connect(settings) as connection:
+        for dead_letter_id in ids:
+            dead_letters.request_redrive(connection, publication, dead_letter_id, topic=topic, key=key)
+            click.echo(f"redrive of dead letter {dead_letter_id} requested")
+
+
+@command.command()
+@_ids
+@click.option("--reason", required=True, help="Why it need not be published; kept with the dead letter.")
+@click.pass_obj
+def discard(settings: Settings, *, ids: tuple[int, ...], reason: str) -> None:
+    """Decide that dead letters need not be published. They are kept."""
+    with _connect(settings) as connection:
+        for dead_letter_id in ids:
+            dead_letters.discard(connection, dead_letter_id, reason)
+            click.echo(f"dead letter {dead_letter_id} discarded")
+
+
+def _connect(settings: Settings) -> Connection:
+    return connect(settings.config.postgres.dsn.get_secret_value())
+
+
+def _portable(content: bytes | None) -> dict[str, Any] | None:
+    """Bytes in JSON: as text where they are text, else in base64."""
+    if content is None:
+        return None
+    try:
+        return {"text": content.decode()}
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(content).decode()}

@@ -1,0 +1,164 @@
+"""Continuity: notices that the slot is not the one that was confirmed to, so that a gap is said and not skipped.
+
+A slot that was dropped and made anew begins where it was made, and nothing in the protocol tells. So the relay notes in
+cdc_outbox.confirmation, before it confirms beyond what is noted, up to where it may; and with it how many transactions
+the server had decoded for the slot. Two signs of a gap follow, and either is enough:
+
+- the slot stands beyond what was noted: somebody else moved it, or made it there;
+- the server's count for the slot is smaller than it was: the slot is a new one. This shows even a slot made anew right
+  after a crash of the relay. It proves nothing after a crash of the server or a failover, where counts begin anew;
+  `counted_since` says so.
+
+And a server can be another one (restored, cloned) or have lost what it had sent (restored, failed over too early).
+Source: PostgreSQL manual, "pg_stat_replication_slots" (total_txns), "Streaming Replication Protocol" (IDENTIFY_SYSTEM).
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import psycopg
+from psycopg import sql
+
+from cdc_outbox.errors import OperatorNeeded
+from cdc_outbox.postgres.connection import Connection, explain, translated
+from cdc_outbox.postgres.lsn import LSN
+
+#: How far ahead of what is confirmed the limit is noted: one small write for so many bytes of WAL.
+HEADROOM_BYTES: Final = 16 * 1024 * 1024
+
+#: What the server has counted for a slot, and what would make that count begin anew: another history of the server
+#: (timeline), a crash (it resets all statistics, the archiver's too), or somebody's reset.
+_COUNTED: Final = """
+    SELECT coalesce(counter.total_txns, 0) AS transactions,
+           concat_ws('/', %(timeline)s::int, extract(epoch FROM archiver.stats_reset),
+                     coalesce(extract(epoch FROM counter.stats_reset), 0)) AS since
+      FROM pg_stat_archiver AS archiver LEFT JOIN pg_stat_replication_slots AS counter ON counter.slot_name = %(slot)s
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """Which server this is. A standby that was promoted is the same system on another timeline."""
+
+    system_identifier: str
+    timeline: int
+    wal_end: LSN
+
+
+class Continuity:
+    """What one relay knows of its slot, over all its sessions."""
+
+    def __init__(self, slot: str) -> None:
+        self._slot = slot
+        self._server: Server | None = None
+        #: what this process has confirmed last
+        self._confirmed = LSN(0)
+        self._limit = LSN(0)
+
+    @property
+    def system_identifier(self) -> str:
+        assert self._server is not None  # `check` comes first
+        return self._server.system_identifier
+
+    @property
+    def limit(self) -> LSN:
+        """Up to here it may be confirmed without another `note`."""
+        return self._limit
+
+    def check(self, connection: Connection) -> bool:
+        """See that the slot goes on where it was left; False if schema cdc_outbox is not there, or not ours to read.
+
+        Needs a replication connection, before streaming. Raises OperatorNeeded for a gap or another server.
+        """
+        server = _identify(connection)
+        if self._server and self._server.system_identifier != server.system_identifier:
+            raise self._another_server(self._server.system_identifier, server)
+        if server.wal_end < self._confirmed:
+            raise OperatorNeeded(
+                f"the server's WAL ends at {server.wal_end}, but {self._confirmed} was confirmed: it has lost what it "
+                f"had sent (restored from an older state, or failed over to a standby that lagged)",
+                hint="Kafka has events that this database has not; decide what to do about them, then start the relay",
+            )
+        self._server = server
+        self._limit = LSN(0)
+        return self._compare_with_what_was_noted(connection, server)
+
+    def note(self, connection: Connection, confirmed: LSN, *, limit: LSN) -> None:
+        """To be called before anything beyond ``self.limit`` is confirmed. Durable when it returns."""
+        assert self._server is not None  # `check` comes first
+        with translated("noting what is confirmed in cdc_outbox.confirmation"):
+            connection.execute(
+                f"""
+                INSERT INTO cdc_outbox.confirmation
+                       (slot, system_identifier, confirmed_lsn, limit_lsn, decoded_transactions, counted_since)
+                SELECT %(slot)s, %(system)s, %(confirmed)s::pg_lsn, %(limit)s::pg_lsn, transactions, since
+                  FROM ({_COUNTED}) AS counted
+                    ON CONFLICT (slot) DO UPDATE
+                   SET (system_identifier, confirmed_lsn, limit_lsn, decoded_transactions, counted_since, noted_at)
+                     = (excluded.system_identifier, excluded.confirmed_lsn, excluded.limit_lsn,
+                        excluded.decoded_transactions, excluded.counted_since, now())
+                """,  # noqa: S608 - the constant above
+                {
+                    "slot": self._slot,
+                    "system": self._server.system_identifier,
+                    "timeline": self._server.timeline,
+                    "confirmed": str(confirmed),
+                    "limit": str(limit),
+                },
+            )
+        self._limit = limit
+
+    def confirmed(self, lsn: LSN) -> None:
+        """Remember what the server is told: all of it must still be there when it is connected to again."""
+        self._confirmed = max(self._confirmed, lsn)
+
+    def _compare_with_what_was_noted(self, connection: Connection, server: Server) -> bool:
+        # Only a slot that nobody streams from stands still; its leader may be confirming at this very moment.
+        try:
+            row = connection.execute(
+                f"""
+                SELECT noted.system_identifier, noted.confirmed_lsn::text, noted.noted_at::text,
+                       slot.confirmed_flush_lsn::text, slot.confirmed_flush_lsn > noted.limit_lsn,
+                       counted.since = noted.counted_since AND counted.transactions < noted.decoded_transactions
+                  FROM cdc_outbox.confirmation AS noted
+                  JOIN pg_replication_slots AS slot ON slot.slot_name = noted.slot,
+                       ({_COUNTED}) AS counted
+                 WHERE noted.slot = %(slot)s AND slot.active_pid IS NULL
+                """,  # noqa: S608 - the constant above
+                {"slot": self._slot, "timeline": server.timeline},
+            ).fetchone()
+        except (psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege):
+            return False
+        except psycopg.Error as error:
+            raise explain(error, "reading cdc_outbox.confirmation") from error
+        if row is None:
+            return True
+        system_identifier, confirmed, noted_at, stands_at, is_beyond, is_new = row
+        if system_identifier != server.system_identifier:
+            raise self._another_server(system_identifier, server)
+        if is_beyond or is_new:
+            how = "was made anew" if is_new else "stands beyond what was confirmed"
+            raise OperatorNeeded(
+                f"replication slot {self._slot!r} {how}: it begins at {stands_at}, but events are confirmed only up to "
+                f"{confirmed} (as of {noted_at}); what was committed between is not in it",
+                hint=f"publish what is missing, then accept the gap: {self._forget()}",
+            )
+        return True
+
+    def _another_server(self, before: str, now: Server) -> OperatorNeeded:
+        return OperatorNeeded(
+            f"this is another server: its system identifier is {now.system_identifier}, slot {self._slot!r} was "
+            f"confirmed on {before}; the database was restored or cloned",
+            hint=f"see that no other relay publishes the same events, then accept it: {self._forget()}",
+        )
+
+    def _forget(self) -> str:
+        statement = sql.SQL("DELETE FROM cdc_outbox.confirmation WHERE slot = {}").format(self._slot)
+        return f"{statement.as_string()}, and start the relay again"
+
+
+def _identify(connection: Connection) -> Server:
+    with translated("identifying the server"):
+        row = connection.execute("IDENTIFY_SYSTEM").fetchone()
+    assert row is not None
+    return Server(str(row[0]), int(row[1]), LSN.parse(row[2]))

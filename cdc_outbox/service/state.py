@@ -1,0 +1,181 @@
+"""The relay's state in schema cdc_outbox, for one session: dead letters, and the note of what may be confirmed.
+
+Over a connection of its own, from the session's thread, and synchronously: an event is settled when its dead letter is
+committed, and nothing is confirmed beyond what was noted. If the connection breaks, the session ends and starts anew.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from typing import Final, Literal, Protocol
+
+import orjson
+
+from cdc_outbox.errors import PoisonEvent
+from cdc_outbox.postgres import dead_letters
+from cdc_outbox.postgres.connection import Connection
+from cdc_outbox.postgres.continuity import HEADROOM_BYTES, Continuity
+from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.relay.dead_letters import DeadLetter, DeadLetters, RedriveRequest
+from cdc_outbox.relay.router import Headers, Record
+from cdc_outbox.service.logs import get_logger
+from cdc_outbox.service.metrics import Metrics
+
+#: While events flow the note is renewed so often, so that it tells much even after a crash.
+_NOTE_EVERY_SECONDS: Final = 1.0
+
+OnPoison = Literal["stop", "dead-letter"]
+
+
+class SessionState(DeadLetters, Protocol):
+    """What the session asks on top of what the pipeline does."""
+
+    def confirming(self, lsn: LSN, *, carried: bool, last: bool = False) -> None: ...
+    def redriven(self, dead_letter_ids: Sequence[int]) -> None: ...
+
+
+class Stateless:
+    """Keeps nothing and notes nothing: for `tail`, and for a database that has no schema cdc_outbox. Poison stops."""
+
+    def put(self, letter: DeadLetter) -> None:
+        raise stopped_by(letter)
+
+    def settled_ordinals(self, commit_lsn: int) -> frozenset[int]:  # noqa: ARG002
+        return frozenset()
+
+    def take(self, request: RedriveRequest) -> Record | None:  # noqa: ARG002
+        return None
+
+    def refused_again(self, dead_letter_id: int, poison: PoisonEvent) -> None:
+        """`take` gives nothing that could be."""
+
+    def redriven(self, dead_letter_ids: Sequence[int]) -> None:
+        """Nothing ever is."""
+
+    def confirming(self, lsn: LSN, *, carried: bool, last: bool = False) -> None:
+        """Of no interest here."""
+
+
+class RelayState:
+    def __init__(
+        self,
+        connection: Connection,
+        continuity: Continuity,
+        metrics: Metrics,
+        *,
+        slot: str,
+        confirmed: LSN,
+        on_poison: OnPoison,
+    ) -> None:
+        """``confirmed`` is where the slot stands: dead letters after it may come by once more."""
+        self._connection = connection
+        self._continuity = continuity
+        self._metrics = metrics
+        self._slot = slot
+        self._on_poison = on_poison
+        self._log = get_logger()
+        self._noted_at = time.monotonic()
+        #: events were confirmed since
+        self._unnoted = False
+        settled: defaultdict[int, set[int]] = defaultdict(set)
+        system = continuity.system_identifier
+        for commit_lsn, ordinal in dead_letters.settled_since(connection, system, slot, confirmed):
+            settled[commit_lsn].add(ordinal)
+        self._settled = {commit_lsn: frozenset(ordinals) for commit_lsn, ordinals in settled.items()}
+
+    def put(self, letter: DeadLetter) -> None:
+        """Raises PoisonEvent unless dead letters are asked for."""
+        if self._on_poison == "stop":
+            raise stopped_by(letter)
+        event, poison = letter.event, letter.poison
+        is_new = dead_letters.put(
+            self._connection,
+            {
+                "system_identifier": self._continuity.system_identifier,
+                "slot": self._slot,
+                "commit_lsn": str(letter.commit_lsn),
+                "ordinal": letter.ordinal,
+                "committed_at": datetime.fromtimestamp(letter.commit_time_ms / 1000, UTC),
+                "event_id": event.event_id,
+                "aggregate_type": event.aggregate_type,
+                "aggregate_id": event.aggregate_id,
+                "event_type": event.event_type,
+                "topic": event.topic,
+                "key": event.aggregate_id.encode() if event.aggregate_id is not None else None,
+                "headers": _headers_to_json(event.headers),
+                "payload": event.payload,
+                "reason": poison.reason,
+                "detail": poison.message,
+            },
+        )
+        if is_new:
+            # a topic that data must not name must not become a label either
+            topic = "" if poison.reason.startswith("topic_") else event.topic or ""
+            self._metrics.dead_letters.labels(topic, poison.reason).inc()
+        self._log.warning(
+            "dead_lettered",
+            event_id=event.event_id,
+            topic=event.topic,
+            commit_lsn=str(letter.commit_lsn),
+            ordinal=letter.ordinal,
+            reason=poison.message,
+        )
+
+    def settled_ordinals(self, commit_lsn: int) -> frozenset[int]:
+        return self._settled.get(commit_lsn, frozenset())
+
+    def take(self, request: RedriveRequest) -> Record | None:
+        letter = dead_letters.get(self._connection, request.dead_letter_id)
+        state = letter["state"] if letter else "unknown"
+        if letter is None or state != "redriving":  # carried out before a crash, or written by hand
+            self._log.warning("redrive_passed_over", dead_letter=request.dead_letter_id, state=state)
+            return None
+        topic = request.topic or letter["topic"] or ""
+        key = request.key if request.key is not None else letter["key"] or b""
+        self._log.info("redriving", dead_letter=request.dead_letter_id, topic=topic)
+        return Record(topic, letter["payload"], key, _headers_from_json(letter["headers"]))
+
+    def refused_again(self, dead_letter_id: int, poison: PoisonEvent) -> None:
+        self._log.warning("redrive_refused", dead_letter=dead_letter_id, reason=poison.message)
+        dead_letters.refused_again(self._connection, dead_letter_id, reason=poison.reason, detail=poison.message)
+
+    def redriven(self, dead_letter_ids: Sequence[int]) -> None:
+        dead_letters.redriven(self._connection, dead_letter_ids)
+
+    def confirming(self, lsn: LSN, *, carried: bool, last: bool = False) -> None:
+        """To be called before ``lsn`` is confirmed; ``last`` if nothing will be after it.
+
+        ``carried`` if events were settled by it: on an idle relay only WAL moves, and a note must not make more of it.
+        """
+        if not lsn:  # nothing was settled yet: the server takes no notice of it
+            return
+        self._unnoted |= carried
+        now = time.monotonic()
+        if last:
+            self._continuity.note(self._connection, lsn, limit=lsn)
+        elif lsn > self._continuity.limit or (self._unnoted and now - self._noted_at >= _NOTE_EVERY_SECONDS):
+            self._continuity.note(self._connection, lsn, limit=LSN(lsn + HEADROOM_BYTES))
+            self._noted_at, self._unnoted = now, False
+        self._continuity.confirmed(lsn)
+
+
+def stopped_by(letter: DeadLetter) -> PoisonEvent:
+    """Names everything but the payload."""
+    event = letter.event
+    return PoisonEvent(
+        f"event {event.event_id or '(no id)'} of aggregate {event.aggregate_id or '(none)'} for topic "
+        f"{event.topic or '(none)'} can never be published: {letter.poison.message} "
+        f"(event {letter.ordinal} of the transaction that commits at {letter.commit_lsn})",
+        reason=letter.poison.reason,
+        hint=f'{letter.poison.hint or "mend what writes such rows"}; or set relay.on_poison = "dead-letter"',
+    )
+
+
+def _headers_to_json(headers: Headers) -> str:
+    pairs = [(name, None if value is None else value.decode(errors="replace")) for name, value in headers]
+    return orjson.dumps(pairs).decode()
+
+
+def _headers_from_json(pairs: list[tuple[str, str | None]]) -> Headers:
+    return [(name, None if value is None else value.encode()) for name, value in pairs]

@@ -1,0 +1,32 @@
+-- Why: a slot that was dropped and made anew begins where it was made. What was committed before is not in it, and
+-- nothing in the replication protocol tells. The relay notes here up to where it may confirm, and what the server had
+-- counted for the slot by then, and compares before it streams (cdc_outbox/postgres/continuity.py).
+--
+-- This is no position to start from: that is the slot's, and only its. To accept a gap that the relay complains of,
+-- delete the slot's row.
+--
+-- Run as: the owner of schema cdc_outbox. Safe to run again.
+
+CREATE TABLE IF NOT EXISTS cdc_outbox.confirmation (
+    slot                 text        PRIMARY KEY,
+    system_identifier    text        NOT NULL,
+    confirmed_lsn        pg_lsn      NOT NULL,
+    limit_lsn            pg_lsn      NOT NULL,
+    decoded_transactions bigint      NOT NULL,
+    counted_since        text        NOT NULL,
+    noted_at             timestamptz NOT NULL DEFAULT now()
+);
+
+COMMENT ON TABLE cdc_outbox.confirmation IS 'By this a relay notices that its slot is not the one it confirmed to';
+COMMENT ON COLUMN cdc_outbox.confirmation.confirmed_lsn IS 'Confirmed when this was noted; the slot may be ahead of it';
+COMMENT ON COLUMN cdc_outbox.confirmation.limit_lsn IS 'No relay confirms beyond this without raising it first';
+COMMENT ON COLUMN cdc_outbox.confirmation.decoded_transactions IS 'total_txns of pg_stat_replication_slots';
+COMMENT ON COLUMN cdc_outbox.confirmation.counted_since IS 'If this differs, that counter began anew for another reason';
+
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_relay') THEN
+        GRANT USAGE ON SCHEMA cdc_outbox TO cdc_outbox_relay;
+        GRANT SELECT, INSERT, UPDATE ON cdc_outbox.confirmation TO cdc_outbox_relay;
+    END IF;
+END $$;

@@ -1,0 +1,143 @@
+"""Continuity against real servers: a slot that is not the one that was confirmed to is noticed, any other is not."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from cdc_outbox.errors import OperatorNeeded
+from cdc_outbox.postgres.connection import connect
+from cdc_outbox.postgres.continuity import HEADROOM_BYTES, Continuity
+from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.postgres.stream import ReplicationStream
+from support.waiting import wait_until
+from support.world import World
+
+
+@pytest.fixture
+def migrated(every_world: World) -> World:
+    every_world.migrate()
+    return every_world
+
+
+def check(world: World, continuity: Continuity) -> bool:
+    with ReplicationStream(world.dsn) as stream:
+        return continuity.check(stream.connection)
+
+
+@contextmanager
+def streaming(world: World) -> Iterator[ReplicationStream]:
+    with ReplicationStream(world.dsn) as stream:
+        stream.start(world.slot, "cdc_outbox")
+        yield stream
+        stream.end(3)
+
+
+def relay_one(world: World, continuity: Continuity, *, limit_bytes: int = HEADROOM_BYTES) -> LSN:
+    """One event, decoded and confirmed as a relay would."""
+    assert check(world, continuity)
+    world.insert("t")
+    with streaming(world) as stream:
+        received: list[bytes] = []
+
+        def committed() -> bool:
+            received.extend(stream.frames())
+            stream.receive()
+            return any(frame[25:26] == b"C" for frame in received)
+
+        wait_until(committed, "a commit")
+        end = world.current_lsn()
+        with connect(world.dsn) as connection:
+            continuity.note(connection, end, limit=LSN(end + limit_bytes))
+        stream.send_status(end)
+        continuity.confirmed(end)
+    return end
+
+
+def make_anew(world: World) -> None:
+    world.db.execute("SELECT pg_drop_replication_slot(%s)", [world.slot])
+    world.insert("t")
+    world.db.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [world.slot])
+
+
+def test_a_slot_that_goes_on_is_not_complained_of(migrated: World) -> None:
+    continuity = Continuity(migrated.slot)
+    for _ in range(3):
+        relay_one(migrated, continuity)
+        assert check(migrated, continuity)
+        assert check(migrated, Continuity(migrated.slot)), "nor by another process"
+    relay_one(migrated, continuity, limit_bytes=0)
+    assert check(migrated, Continuity(migrated.slot)), "after a clean stop"
+
+
+@pytest.mark.parametrize("limit_bytes", [0, HEADROOM_BYTES], ids=["after a clean stop", "after a crash"])
+def test_a_slot_made_anew_is_noticed(migrated: World, limit_bytes: int) -> None:
+    end = relay_one(migrated, Continuity(migrated.slot), limit_bytes=limit_bytes)
+    make_anew(migrated)
+    with pytest.raises(OperatorNeeded, match=rf"was made anew: .* confirmed only up to {end} ") as caught:
+        check(migrated, Continuity(migrated.slot))
+    statement = caught.value.hint.partition("accept the gap: ")[2].partition(", and start")[0]
+    migrated.db.execute(statement.encode())
+    assert check(migrated, Continuity(migrated.slot)), "accepted by the statement in the hint"
+
+
+def test_a_slot_that_was_moved_is_noticed(migrated: World) -> None:
+    relay_one(migrated, Continuity(migrated.slot), limit_bytes=0)
+    migrated.insert("t")
+    migrated.db.execute("SELECT pg_replication_slot_advance(%s, pg_current_wal_lsn())", [migrated.slot])
+    with pytest.raises(OperatorNeeded, match="stands beyond what was confirmed"):
+        check(migrated, Continuity(migrated.slot))
+
+
+def test_counts_that_began_anew_for_another_reason_prove_nothing(migrated: World) -> None:
+    relay_one(migrated, Continuity(migrated.slot))
+    migrated.db.execute("SELECT pg_stat_reset_replication_slot(%s)", [migrated.slot])
+
+    def was_reset() -> bool:
+        row = migrated.db.execute(
+            "SELECT total_txns FROM pg_stat_replication_slots WHERE slot_name = %s", [migrated.slot]
+        ).fetchone()
+        return row == (0,)
+
+    wait_until(was_reset, "the counts are reset")
+    assert check(migrated, Continuity(migrated.slot))
+
+
+def test_a_slot_that_another_relay_streams_from_is_not_judged(migrated: World) -> None:
+    relay_one(migrated, Continuity(migrated.slot), limit_bytes=0)
+    migrated.db.execute("UPDATE cdc_outbox.confirmation SET limit_lsn = '0/1'")
+    with streaming(migrated):
+        assert check(migrated, Continuity(migrated.slot))
+    with pytest.raises(OperatorNeeded):
+        check(migrated, Continuity(migrated.slot))
+
+
+def test_another_server_is_noticed(migrated: World) -> None:
+    continuity = Continuity(migrated.slot)
+    relay_one(migrated, continuity)
+    migrated.db.execute("UPDATE cdc_outbox.confirmation SET system_identifier = '7'")
+    with pytest.raises(OperatorNeeded, match=r"another server: .* confirmed on 7; the database was restored or cloned"):
+        check(migrated, Continuity(migrated.slot))
+
+
+def test_a_server_that_lost_what_it_had_sent_is_noticed(migrated: World) -> None:
+    continuity = Continuity(migrated.slot)
+    relay_one(migrated, continuity)
+    continuity.confirmed(LSN(migrated.current_lsn() + HEADROOM_BYTES))
+    with pytest.raises(OperatorNeeded, match="it has lost what it had sent"):
+        check(migrated, continuity)
+
+
+def test_without_the_schema_or_a_right_to_it_nothing_can_be_told(every_world: World) -> None:
+    world = every_world
+    assert check(world, Continuity(world.slot)) is False
+    world.migrate()
+    role = f"{world.name}_bare"
+    world.db.execute(f"CREATE ROLE {role} LOGIN REPLICATION PASSWORD 'x'".encode())
+    try:
+        bare = World(
+            world.name, world.admin_dsn, f"{world.dsn} user={role} password=x", world.bootstrap_servers, world.db
+        )
+        assert check(bare, Continuity(world.slot)) is False
+    finally:
+        world.db.execute(f"DROP ROLE {role}".encode())
