@@ -53,6 +53,8 @@ _DEFAULTS: Final[dict[str, str | int | bool]] = {
     "reconnect.backoff.max.ms": 1000,
     # a connection on which nothing comes back any more is given up in a quarter of a minute, not in a whole one
     "socket.timeout.ms": 15_000,
+    # a topic that was deleted is given up in ten seconds, not in thirty: it was seen to exist before
+    "topic.metadata.propagation.max.ms": 10_000,
     # what is in flight is bounded in bytes too, so that large payloads do not cost memory by their number
     "queue.buffering.max.kbytes": 32 * 1024,
 }

@@ -6,7 +6,7 @@ those are told apart by the server's English wording, and what is not recognised
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 import psycopg
 from psycopg import conninfo
@@ -61,6 +61,18 @@ _NEEDS_OPERATOR: Final = {
 }
 
 
+class BoundedConnection(psycopg.Connection[tuple[Any, ...]]):
+    """Gives up a server that has not answered a statement within ``ANSWER_SECONDS``, with an OperationalError.
+
+    PostgreSQL's own statement_timeout does not help when the network is what does not answer.
+    """
+
+    ANSWER_SECONDS: ClassVar[float] = 6.0
+
+    def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
+        return super().wait(gen, interval, self.ANSWER_SECONDS if timeout is None else timeout)
+
+
 def connect(dsn: str, *, application_name: str = "cdc-outbox", **parameters: str) -> Connection:
     """An autocommit connection; ``parameters`` are libpq's.
 
@@ -79,7 +91,11 @@ def connect_for_state(dsn: str) -> Connection:
 
     Raises as ``connect`` does.
     """
-    connection = connect(dsn, application_name="cdc-outbox state")
+    complete = connection_parameters(dsn, application_name="cdc-outbox state")
+    try:
+        connection = BoundedConnection.connect(complete, autocommit=True)
+    except psycopg.OperationalError as error:
+        raise _explain_refusal(error) from error
     with translated("preparing the state session"):
         connection.execute("SET statement_timeout = '5s'")
         connection.execute(

@@ -11,12 +11,11 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Final, Self
 
-import psycopg
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from cdc_outbox.errors import SourceUnavailable
 from cdc_outbox.postgres.catalog import Slot, check_publication, find_slot, find_table
-from cdc_outbox.postgres.connection import Connection, connect, connection_parameters, translated
+from cdc_outbox.postgres.connection import BoundedConnection, connect, connection_parameters, translated
 
 _TIMEOUT_SECONDS: Final = 1.0
 
@@ -29,10 +28,10 @@ class Monitor:
         self._slot = slot
         self._publication = publication
         self._table = table
-        self._connection: Connection | None = None
-        self._pool: ConnectionPool[Connection] = ConnectionPool(
+        self._connection: BoundedConnection | None = None
+        self._pool: ConnectionPool[BoundedConnection] = ConnectionPool(
             connection_parameters(dsn, application_name="cdc-outbox monitor"),
-            connection_class=psycopg.Connection,
+            connection_class=BoundedConnection,
             kwargs={"autocommit": True},
             min_size=1,
             max_size=1,
@@ -68,7 +67,7 @@ class Monitor:
             with self._releasing_what_broke(), translated("the monitor's session"):
                 self._connection.execute("SELECT")
 
-    def _connect(self) -> Connection:
+    def _connect(self) -> BoundedConnection:
         if self._connection is None:
             try:
                 self._connection = self._pool.getconn(_TIMEOUT_SECONDS)

@@ -28,7 +28,8 @@ _FLUSH_SECONDS: Final = 0.002
 _CONFIRM_AFTER_SECONDS: Final = 0.02
 #: How often the server hears from us at least; its own patience (wal_sender_timeout, see stream.py) is 10 s.
 _STATUS_EVERY_SECONDS: Final = 2.0
-#: A server silent for so long is asked to answer; then the relay is not ready; then the stream is given up.
+#: A server silent for so long is asked to answer; then the relay is not ready, and asks on a fresh connection whether
+#: the stream is still there; then it is given up, whatever it is.
 _SILENCE_ASKED_SECONDS: Final = 4.0
 _SILENCE_NOT_READY_SECONDS: Final = 8.0
 _SILENCE_GIVEN_UP_SECONDS: Final = 60.0
@@ -90,6 +91,8 @@ class Session:
         self._acknowledged = 0
         self._acknowledged_at = now
         self._health_at = now
+        #: asked when the server has been silent: whether it has ended the stream, and we have not heard of it
+        self.is_given_up: Callable[[], bool] = lambda: False
         #: up to this event (see `reached`) each is published alone
         self._suspected: tuple[int, int] | None = None
         self._carried = False
@@ -257,5 +260,7 @@ class Session:
             self._health.become("waiting", "Kafka acknowledges nothing")
         elif silence > _SILENCE_NOT_READY_SECONDS:
             self._health.become("waiting", "the PostgreSQL server does not answer")
+            if self.is_given_up():
+                raise SourceUnavailable("the server has ended the replication stream, unheard")
         else:
             self._health.become("streaming")

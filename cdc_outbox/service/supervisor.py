@@ -8,6 +8,8 @@ import gc
 import random
 import threading
 import time
+from contextlib import closing, suppress
+from functools import partial
 from typing import Final
 
 from cdc_outbox.config import Config
@@ -17,13 +19,12 @@ from cdc_outbox.errors import (
     OperatorNeeded,
     ServerStopping,
     SlotInUse,
-    SourceUnavailable,
     UnavailableError,
 )
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.postgres import catalog
-from cdc_outbox.postgres.connection import Connection, connect_for_state
+from cdc_outbox.postgres.connection import Connection, connect, connect_for_state
 from cdc_outbox.postgres.continuity import Continuity
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.monitor import Monitor
@@ -69,8 +70,6 @@ class Supervisor:
         self._continuity = Continuity(config.postgres.slot)
         #: after a refusal by the broker: up to where the refused event must be, see `Session.suspect`
         self._suspected: tuple[int, int] | None = None
-        #: the process that streams to us, while one does
-        self._walsender_pid: int | None = None
         self._failures = 0
         self._streaming_since = float("inf")
         # A first producer at once: librdkafka checks its settings, and connects while PostgreSQL is connected to.
@@ -112,10 +111,8 @@ class Supervisor:
                     topics.require(self._topic.text)
                 if self._take_slot(stream, publisher):
                     self._streaming_since = time.monotonic()
-                    self._walsender_pid = stream.walsender_pid
                     self._relay(stream, publisher, router)
         finally:
-            self._walsender_pid = None
             publisher.close()
 
     def _take_slot(self, stream: ReplicationStream, publisher: Publisher) -> bool:
@@ -134,9 +131,10 @@ class Supervisor:
         return False
 
     def _relay(self, stream: ReplicationStream, publisher: Publisher, router: Router) -> None:
-        with connect_for_state(self._dsn) as connection:
+        with closing(connect_for_state(self._dsn)) as connection:
             state = self._make_state(connection)
             session = Session(stream, publisher, router, state, self._shutdown, self._health, self._metrics)
+            session.is_given_up = partial(self._is_given_up, stream.walsender_pid)
             if self._suspected:
                 session.suspect(self._suspected)
                 self._suspected = None
@@ -194,21 +192,23 @@ class Supervisor:
             count_failure=self._metrics.publish_failed,
         )
 
-    def _given_up(self, slot: catalog.Slot | None, walsender_pid: int | None) -> CdcOutboxError | None:
-        """On a half-open connection the stream is silent, while the server has long given it up."""
-        if slot is None or walsender_pid in (None, slot.active_pid) or walsender_pid != self._walsender_pid:
-            return None
-        return SourceUnavailable("the server has given up our replication stream")
+    def _is_given_up(self, walsender_pid: int) -> bool:
+        """Whether the server has ended our stream without our hearing of it, asked on a fresh connection.
+
+        On a half-open connection there is only silence, as there is while a walsender works off what is not for us.
+        """
+        with suppress(CdcOutboxError), connect(self._dsn, connect_timeout="3") as connection:
+            slot = catalog.find_slot(connection, self._config.postgres.slot)
+            return slot is not None and slot.active_pid != walsender_pid
+        return False
 
     def _look_again_and_again(self) -> None:
         """The monitor's thread: slot figures for the metrics, and an alarm for what the stream does not say."""
         with self._monitor as monitor:
             while not self._shutdown.requested:
                 try:
-                    walsender_pid = self._walsender_pid
-                    slot = monitor.look()
-                    self._metrics.slot_seen(slot)
-                    self._health.alarm = self._given_up(slot, walsender_pid)
+                    self._metrics.slot_seen(monitor.look())
+                    self._health.alarm = None
                     monitor.wait(_MONITOR_SECONDS, wake_descriptor=self._shutdown.descriptor)
                 except CdcOutboxError as error:
                     self._metrics.slot_seen(None)

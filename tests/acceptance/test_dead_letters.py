@@ -6,16 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from confluent_kafka.admin import AdminClient
-from confluent_kafka.admin._config import AlterConfigOpType, ConfigEntry, ConfigResource
-from confluent_kafka.admin._resource import ResourceType
 
 from acceptance.conftest import StartRelay
 from cdc_outbox.demo.relay import RelayProcess
 from support import command
 from support.observing import readyz
 from support.waiting import wait_until
-from support.world import World, create_topic, headers_of, insert
+from support.world import World, alter_topic, create_topic, headers_of, insert
 
 
 @pytest.fixture
@@ -301,18 +298,11 @@ def test_what_was_put_away_is_not_published_besides(poisoned: World, tmp_path: P
         relay.process.kill()
         relay.process.wait()
     world.db.execute("SELECT pg_advisory_unlock_all()")
-    raise_the_limit(world, f"outbox.{small(world)}")
+    alter_topic(world.bootstrap_servers, f"outbox.{small(world)}", "max.message.bytes", "1000000")
     with RelayProcess(relay_environment(world), tmp_path / "relay.log"):
         world.wait_until_confirmed()
     assert set(ids_of(world, small(world), 1)) == {good}
     assert [letter["event_id"] for letter in dead_letters(world)] == [bad]
-
-
-def raise_the_limit(world: World, topic: str) -> None:
-    admin = AdminClient({"bootstrap.servers": world.bootstrap_servers})
-    entry = ConfigEntry("max.message.bytes", "1000000", incremental_operation=AlterConfigOpType.SET)
-    resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
-    admin.incremental_alter_configs([resource])[resource].result()
 
 
 def test_without_the_relays_schema_dead_letters_are_refused(world: World) -> None:

@@ -69,6 +69,12 @@ class Proxy:
         """Half-open: nothing passes any more, nobody is told, new connections are taken and lead nowhere."""
         self.silent = True
 
+    def forget_connections(self) -> None:
+        """Those that exist fall silent for good, as if a firewall had dropped them; new ones are carried."""
+        with self._lock:
+            for connection in self._connections:
+                connection.forgotten = True
+
     def swallow_answers(self) -> None:
         """What the server says is lost; what the client says arrives. An acknowledgement that never comes."""
         self.swallowing = True
@@ -119,7 +125,7 @@ class Proxy:
                 self._connections.add(connection)
             connection.start()
 
-    def forget(self, connection: "_Connection") -> None:
+    def discard(self, connection: "_Connection") -> None:
         with self._lock:
             self._connections.discard(connection)
 
@@ -130,6 +136,7 @@ class _Connection:
         self._client = client
         self._server = server
         self._passed = {"client": 0, "server": 0}
+        self.forgotten = False
         for side in (client, server):
             side.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -146,7 +153,7 @@ class _Connection:
                 side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
                 side.shutdown(socket.SHUT_RDWR)
             side.close()
-        self._proxy.forget(self)
+        self._proxy.discard(self)
 
     def _carry(self, source: socket.socket, sink: socket.socket, towards: Towards) -> None:
         try:
@@ -159,7 +166,7 @@ class _Connection:
 
     def _hold_up(self, source: socket.socket) -> None:
         proxy = self._proxy
-        while proxy.silent:
+        while proxy.silent or self.forgotten:
             time.sleep(0.02)
             source.getpeername()  # raises OSError once the connection was reset
         if seconds := proxy.delay_seconds + 0.002 * proxy.trickling:

@@ -18,30 +18,18 @@ import psycopg
 from confluent_kafka import Consumer, Message, TopicPartition
 from psycopg import conninfo
 
-from cdc_outbox.demo.kafka import EmbeddedKafka
-from cdc_outbox.demo.postgres import EmbeddedPostgres
 from cdc_outbox.demo.relay import RelayProcess
 from fault.checker import Evidence, Record, Verdict, duplicates_between, judge
 from fault.observer import Observer
-from fault.proxy import Proxy
+from fault.servers import Servers
 from fault.writer import Event, Writer
 from support.waiting import wait_until
-from support.world import World, create_topic
+from support.world import World, create_topic, make_world
 
 #: A topic's limit in bytes under which every event of the writer fits, but for its poison.
 TOPIC_LIMIT: Final = 20_000
 #: Retained WAL in bytes to which a caught-up slot comes down after a checkpoint.
 _RETAINED_BASELINE: Final = 2_000_000
-
-
-@dataclass(slots=True)
-class Servers:
-    """What the scenarios share: one PostgreSQL, one Kafka, each also behind a proxy."""
-
-    postgres: EmbeddedPostgres
-    kafka: EmbeddedKafka
-    postgres_proxy: Proxy
-    kafka_proxy: Proxy
 
 
 @dataclass(slots=True)
@@ -80,16 +68,27 @@ class Outcome:
 
 
 @dataclass(slots=True)
+class Refusal:
+    """A fault that the relay must not get over by itself: seconds until it had ended, with its reason and exit code."""
+
+    fault: str
+    seconds: float
+
+
+@dataclass(slots=True)
 class Stage:
     servers: Servers
     world: World
     folder: Path
     aggregate_types: list[str]
     outcomes: list[Outcome]
+    refusals: list[Refusal]
     relays: list[RelayProcess] = field(default_factory=list)
     incidents: list[Incident] = field(default_factory=list)
     writer: Writer | None = None
     relay_class: type[RelayProcess] = RelayProcess
+    #: instead of the servers' Kafka
+    reads_from: str = ""
     observer: Observer = field(init=False)
 
     def __post_init__(self) -> None:
@@ -172,6 +171,16 @@ class Stage:
         recovered = self.wait_until_recovered()
         self.incidents.append(Incident(began, self.observer.seconds_until_not_ready(began), recovered))
 
+    def terminate_walsender(self) -> bool:
+        """False if there is none."""
+        query = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s AND active"
+        self.world.db = reconnected(self.world)
+        return self.world.db.execute(query, [self.world.slot]).rowcount > 0
+
+    def refused(self, fault: str, seconds: float) -> None:
+        """For the table: a fault that ends the relay."""
+        self.refusals.append(Refusal(fault, seconds))
+
     def wait_until_recovered(self, *, timeout_seconds: float = 60) -> float:
         """Until some relay is ready and confirms again, or has nothing left to confirm; the seconds it took."""
         began = time.monotonic()
@@ -244,7 +253,7 @@ class Stage:
     def records(self) -> list[Record]:
         """Every topic from its beginning to its end."""
         topics = [f"outbox.{aggregate_type}" for aggregate_type in self.aggregate_types]
-        return read_to_the_end(self.servers.kafka.bootstrap_servers, topics)
+        return read_to_the_end(self.reads_from or self.servers.kafka.bootstrap_servers, topics)
 
     def dead_letters(self) -> dict[str, float]:
         rows = self.world.db.execute("SELECT event_id, extract(epoch FROM created_at) FROM cdc_outbox.dead_letter")
@@ -342,17 +351,26 @@ def read_to_the_end(bootstrap_servers: str, topics: list[str]) -> list[Record]:
     return records
 
 
-def create_topics(world: World, *names: str) -> list[str]:
-    """Topics whose records carry the broker's clock, so that it can be told what was there when; their types."""
-    types = [f"{world.name}_{name}" for name in names]
-    for aggregate_type in types:
-        create_topic(
-            world.bootstrap_servers,
-            f"outbox.{aggregate_type}",
-            partitions=3,
-            **{"message.timestamp.type": "LogAppendTime", "max.message.bytes": str(TOPIC_LIMIT)},
-        )
-    return types
+@contextmanager
+def make_stage(servers: Servers, folder: Path, outcomes: list[Outcome], refusals: list[Refusal]) -> Iterator["Stage"]:
+    """A world of its own on ``servers``; ``folder`` is for the relays' log. All is well again afterwards."""
+    with make_world(servers.postgres.dsn(), servers.kafka.bootstrap_servers) as world:
+        world.migrate()
+        types = [_create_topic(world, name) for name in ("order", "customer")]
+        stage = Stage(servers, world, folder, types, outcomes, refusals)
+        try:
+            yield stage
+        finally:
+            servers.restore_the_network()
+            stage.clean_up()
+
+
+def _create_topic(world: World, name: str) -> str:
+    """Its type. The records carry the broker's clock, so that it can be told what was there when."""
+    aggregate_type = f"{world.name}_{name}"
+    settings = {"message.timestamp.type": "LogAppendTime", "max.message.bytes": str(TOPIC_LIMIT)}
+    create_topic(world.bootstrap_servers, f"outbox.{aggregate_type}", partitions=3, **settings)
+    return aggregate_type
 
 
 def reconnected(world: World) -> psycopg.Connection[Any]:

@@ -3,13 +3,12 @@
 import os
 import platform
 import subprocess
-from collections import defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from fault.stage import Outcome
+from fault.stage import Outcome, Refusal
 
 _README: Final = Path(__file__).parents[1] / "README.md"
 _BEGIN: Final = "<!-- written by pytest -m fault --write-table -->\n"
@@ -19,20 +18,21 @@ _HEAD: Final = (
 )  # fmt: skip
 
 
-def write(outcomes: Sequence[Outcome]) -> None:
-    """Put ``outcomes`` into the README; those of one fault share a line."""
-    by_fault: defaultdict[str, list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        by_fault[outcome.fault].append(outcome)
-    lines = [" | ".join(_HEAD), " | ".join(["---", *["--:"] * (len(_HEAD) - 1)])]
-    lines += [" | ".join(_together(these).cells()) for _, these in sorted(by_fault.items())]
-    table = "".join(f"| {line} |\n" for line in lines)
+def write(outcomes: Sequence[Outcome], refusals: Sequence[Refusal]) -> None:
+    """Put both tables into the README."""
+    recovered = [outcome.cells() for outcome in sorted(outcomes, key=lambda outcome: outcome.fault)]
+    refused = [[refusal.fault, f"{refusal.seconds:.1f}"] for refusal in sorted(refusals, key=lambda it: it.fault)]
     head, _, rest = _README.read_text().partition(_BEGIN)
-    _README.write_text(f"{head}{_BEGIN}\n{_conditions()}\n\n{table}\n{_END}{rest.partition(_END)[2]}")
+    _README.write_text(
+        f"{head}{_BEGIN}\n{_conditions()}\n\n{_table(_HEAD, recovered)}\n"
+        f"What the relay must not get over by itself: it ends with exit 3, a reason and a hint.\n\n"
+        f"{_table(('fault', 'ended after, s'), refused)}\n{_END}{rest.partition(_END)[2]}"
+    )
 
 
-def _together(outcomes: list[Outcome]) -> Outcome:
-    return outcomes[0]
+def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    ruler = ["---", *["--:"] * (len(head) - 1)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, ruler, *lines))
 
 
 def _conditions() -> str:

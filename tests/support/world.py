@@ -9,6 +9,8 @@ from typing import Any
 import psycopg
 from confluent_kafka import OFFSET_BEGINNING, Consumer, Message, TopicPartition
 from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._config import AlterConfigOpType, ConfigEntry, ConfigResource
+from confluent_kafka.admin._resource import ResourceType
 from confluent_kafka.cimpl import NewTopic
 from psycopg import conninfo, sql
 
@@ -90,10 +92,12 @@ def make_world(admin_dsn: str, bootstrap_servers: str) -> Iterator[World]:
     dsn = conninfo.make_conninfo(admin_dsn, dbname=name)
     with connect(admin_dsn) as admin:
         admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-        try:
-            with psycopg.connect(dsn, autocommit=True) as db:
-                yield World(name, admin_dsn, dsn, bootstrap_servers, db)
-        finally:
+    world = World(name, admin_dsn, dsn, bootstrap_servers, psycopg.connect(dsn, autocommit=True))
+    try:
+        yield world
+    finally:
+        world.db.close()
+        with connect(admin_dsn) as admin:  # the test may have stopped the server meanwhile
             drop_database(admin, name)
 
 
@@ -132,6 +136,13 @@ def headers_of(message: Message) -> list[tuple[str, str | None]]:
 def create_topic(bootstrap_servers: str, topic: str, *, partitions: int = PARTITIONS, **config: str) -> None:
     admin = AdminClient({"bootstrap.servers": bootstrap_servers})
     admin.create_topics([NewTopic(topic, partitions, 1, config=config)])[topic].result()
+
+
+def alter_topic(bootstrap_servers: str, topic: str, key: str, value: str) -> None:
+    admin = AdminClient({"bootstrap.servers": bootstrap_servers})
+    entry = ConfigEntry(key, value, incremental_operation=AlterConfigOpType.SET)
+    resource = ConfigResource(ResourceType.TOPIC, topic, incremental_configs=[entry])
+    admin.incremental_alter_configs([resource])[resource].result()
 
 
 def read_topic(bootstrap_servers: str, topic: str, count: int, *, timeout_seconds: float = 30) -> list[Message]:

@@ -1,0 +1,58 @@
+"""How the fault suite's broker is set up: a way in for every fault.
+
+PLAINTEXT  for the tests themselves, administrator
+PROXIED    what relays use: the broker tells them to come back through the proxy
+SASL       a user with a password and rights that can be taken away
+TLS        a certificate of a CA of the suite's own
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import trustme
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
+
+from cdc_outbox.demo.ports import free_port
+
+USER: Final = "relay"
+PASSWORD: Final = "hunter2-sasl"
+
+
+@dataclass(slots=True)
+class BrokerPorts:
+    proxied: int = field(default_factory=free_port)
+    proxy: int = field(default_factory=free_port)
+    sasl: int = field(default_factory=free_port)
+    tls: int = field(default_factory=free_port)
+
+
+def settings(ports: BrokerPorts, keystore: Path) -> dict[str, str]:
+    own = f"PLAINTEXT://127.0.0.1:{{port}},SASL://127.0.0.1:{ports.sasl},TLS://127.0.0.1:{ports.tls}"
+    login = "org.apache.kafka.common.security.plain.PlainLoginModule required"
+    return {
+        "listeners": f"{own},PROXIED://127.0.0.1:{ports.proxied},CONTROLLER://127.0.0.1:{{controller_port}}",
+        "advertised.listeners": f"{own},PROXIED://127.0.0.1:{ports.proxy}",
+        "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT,"
+        "SASL:SASL_PLAINTEXT,TLS:SSL",
+        "inter.broker.listener.name": "PLAINTEXT",
+        "sasl.enabled.mechanisms": "PLAIN",
+        "listener.name.sasl.plain.sasl.jaas.config": f'{login} user_{USER}="{PASSWORD}";',
+        "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
+        "super.users": "User:ANONYMOUS",
+        "listener.name.tls.ssl.keystore.type": "PEM",
+        "listener.name.tls.ssl.keystore.location": str(keystore),
+    }
+
+
+def make_certificates(folder: Path) -> tuple[Path, Path]:
+    """The broker's keystore, and the CA's certificate that its clients need."""
+    authority = trustme.CA()
+    certificate = authority.issue_cert("127.0.0.1")
+    # Kafka reads keys in PKCS #8 only
+    key = load_pem_private_key(certificate.private_key_pem.bytes(), password=None)
+    chain = b"".join(part.bytes() for part in certificate.cert_chain_pems)
+    keystore, ca = folder / "broker.pem", folder / "ca.pem"
+    keystore.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()) + chain)
+    authority.cert_pem.write_to_path(str(ca))
+    return keystore, ca
