@@ -54,6 +54,8 @@ class Continuity:
         #: what this process has confirmed last
         self._confirmed = LSN(0)
         self._limit = LSN(0)
+        #: whether schema cdc_outbox is there, and ours to read; if not, nothing is noticed
+        self.is_noted = False
 
     @property
     def system_identifier(self) -> str:
@@ -65,10 +67,10 @@ class Continuity:
         """Up to here it may be confirmed without another `note`."""
         return self._limit
 
-    def check(self, connection: Connection) -> bool:
-        """See that the slot goes on where it was left; False if schema cdc_outbox is not there, or not ours to read.
+    def check(self, connection: Connection) -> None:
+        """See that the slot goes on where it was left. Needs a replication connection, before streaming.
 
-        Needs a replication connection, before streaming. Raises OperatorNeeded for a gap or another server.
+        Raises OperatorNeeded for a gap or another server.
         """
         server = _identify(connection)
         if self._server and self._server.system_identifier != server.system_identifier:
@@ -81,7 +83,7 @@ class Continuity:
             )
         self._server = server
         self._limit = LSN(0)
-        return self._compare_with_what_was_noted(connection, server)
+        self._compare_with_what_was_noted(connection, server)
 
     def note(self, connection: Connection, confirmed: LSN, *, limit: LSN) -> None:
         """To be called before anything beyond ``self.limit`` is confirmed. Durable when it returns."""
@@ -112,7 +114,7 @@ class Continuity:
         """Remember what the server is told: all of it must still be there when it is connected to again."""
         self._confirmed = max(self._confirmed, lsn)
 
-    def _compare_with_what_was_noted(self, connection: Connection, server: Server) -> bool:
+    def _compare_with_what_was_noted(self, connection: Connection, server: Server) -> None:
         # Only a slot that nobody streams from stands still; its leader may be confirming at this very moment.
         try:
             row = connection.execute(
@@ -128,11 +130,13 @@ class Continuity:
                 {"slot": self._slot, "timeline": server.timeline},
             ).fetchone()
         except (psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege):
-            return False
+            self.is_noted = False
+            return
         except psycopg.Error as error:
             raise explain(error, "reading cdc_outbox.confirmation") from error
+        self.is_noted = True
         if row is None:
-            return True
+            return
         system_identifier, confirmed, noted_at, stands_at, is_beyond, is_new = row
         if system_identifier != server.system_identifier:
             raise self._another_server(system_identifier, server)
@@ -143,7 +147,6 @@ class Continuity:
                 f"{confirmed} (as of {noted_at}); what was committed between is not in it",
                 hint=f"publish what is missing, then accept the gap: {self._forget()}",
             )
-        return True
 
     def _another_server(self, before: str, now: Server) -> OperatorNeeded:
         return OperatorNeeded(

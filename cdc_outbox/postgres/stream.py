@@ -42,6 +42,8 @@ class ReplicationStream:
     """
 
     def __init__(self, dsn: str) -> None:
+        self._dsn = dsn
+        self._slot = ""
         self.connection: Connection = connect(dsn, replication="database")
         self._pgconn = self.connection.pgconn
         self.connection.add_notice_handler(self._on_notice)
@@ -71,13 +73,19 @@ class ReplicationStream:
         result = self._pgconn.exec_(text)
         if result.status != pq.ExecStatus.COPY_BOTH:
             raise self._explain(result, f"replication slot {slot!r} cannot be read")
+        self._slot = slot
         self._pgconn.nonblocking = 1
         self.heard_at = time.monotonic()
 
-    @property
-    def walsender_pid(self) -> int:
-        """Of the process that serves us, as in pg_replication_slots.active_pid."""
-        return self._pgconn.backend_pid
+    def is_given_up(self) -> bool:
+        """Whether the server has ended the stream without our hearing of it, asked on a fresh connection.
+
+        On a half-open connection there is only silence, as there is while a walsender works off what is not for us.
+        """
+        query = "SELECT active_pid IS DISTINCT FROM %s FROM pg_replication_slots WHERE slot_name = %s"
+        with suppress(CdcOutboxError, psycopg.Error), connect(self._dsn, connect_timeout="3") as connection:
+            return connection.execute(query, [self._pgconn.backend_pid, self._slot]).fetchone() == (True,)
+        return False
 
     def frames(self) -> Iterator[bytes]:
         """The frames that are complete in libpq's buffer. Raises SourceUnavailable when the stream has ended."""

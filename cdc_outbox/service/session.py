@@ -91,8 +91,6 @@ class Session:
         self._acknowledged = 0
         self._acknowledged_at = now
         self._health_at = now
-        #: asked when the server has been silent: whether it has ended the stream, and we have not heard of it
-        self.is_given_up: Callable[[], bool] = lambda: False
         #: up to this event (see `reached`) each is published alone
         self._suspected: tuple[int, int] | None = None
         self._carried = False
@@ -260,7 +258,7 @@ class Session:
             self._health.become("waiting", "Kafka acknowledges nothing")
         elif silence > _SILENCE_NOT_READY_SECONDS:
             self._health.become("waiting", "the PostgreSQL server does not answer")
-            if self.is_given_up():
+            if self._stream.is_given_up():
                 raise SourceUnavailable("the server has ended the replication stream, unheard")
         else:
             self._health.become("streaming")

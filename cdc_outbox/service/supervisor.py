@@ -8,8 +8,7 @@ import gc
 import random
 import threading
 import time
-from contextlib import closing, suppress
-from functools import partial
+from contextlib import closing
 from typing import Final
 
 from cdc_outbox.config import Config
@@ -24,7 +23,7 @@ from cdc_outbox.errors import (
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.postgres import catalog
-from cdc_outbox.postgres.connection import Connection, connect, connect_for_state
+from cdc_outbox.postgres.connection import Connection, connect_for_state
 from cdc_outbox.postgres.continuity import Continuity
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.monitor import Monitor
@@ -118,7 +117,7 @@ class Supervisor:
     def _take_slot(self, stream: ReplicationStream, publisher: Publisher) -> bool:
         """Wait for the slot, as a standby while another relay has it. False if asked to stop meanwhile."""
         while not self._shutdown.requested:
-            self._is_installed = self._continuity.check(stream.connection)
+            self._continuity.check(stream.connection)
             try:
                 stream.start(self._config.postgres.slot, self._config.postgres.publication)
             except SlotInUse as error:
@@ -134,7 +133,6 @@ class Supervisor:
         with closing(connect_for_state(self._dsn)) as connection:
             state = self._make_state(connection)
             session = Session(stream, publisher, router, state, self._shutdown, self._health, self._metrics)
-            session.is_given_up = partial(self._is_given_up, stream.walsender_pid)
             if self._suspected:
                 session.suspect(self._suspected)
                 self._suspected = None
@@ -152,7 +150,7 @@ class Supervisor:
 
     def _make_state(self, connection: Connection) -> SessionState:
         config = self._config
-        if self._is_installed:
+        if self._continuity.is_noted:
             slot = catalog.check_slot(connection, config.postgres.slot)
             return RelayState(
                 connection,
@@ -191,16 +189,6 @@ class Supervisor:
             max_in_flight=self._config.relay.max_in_flight,
             count_failure=self._metrics.publish_failed,
         )
-
-    def _is_given_up(self, walsender_pid: int) -> bool:
-        """Whether the server has ended our stream without our hearing of it, asked on a fresh connection.
-
-        On a half-open connection there is only silence, as there is while a walsender works off what is not for us.
-        """
-        with suppress(CdcOutboxError), connect(self._dsn, connect_timeout="3") as connection:
-            slot = catalog.find_slot(connection, self._config.postgres.slot)
-            return slot is not None and slot.active_pid != walsender_pid
-        return False
 
     def _look_again_and_again(self) -> None:
         """The monitor's thread: slot figures for the metrics, and an alarm for what the stream does not say."""

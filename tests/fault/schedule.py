@@ -5,8 +5,10 @@ import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from functools import partial
+
+import psycopg
 
 from fault.proxy import Proxy
 from fault.stage import Stage
@@ -23,7 +25,7 @@ def play(stage: Stage, seed: int, *, seconds: float, say: Callable[[str], None] 
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         stage.wait_for_events(rng.randint(50, 800))
-        names = rng.sample(sorted(FAULTS), rng.choice((1, 1, 2)))
+        names = _choose(rng)
         say(" + ".join(names))
         with stage.incident(), ExitStack() as stack:
             for name in names:
@@ -31,67 +33,86 @@ def play(stage: Stage, seed: int, *, seconds: float, say: Callable[[str], None] 
             time.sleep(rng.uniform(0.1, 3.0))  # how long it lasts is chance, too
 
 
+def _choose(rng: random.Random) -> list[str]:
+    """One fault, or two of different kinds: what is dead cannot be frozen."""
+    first, second = rng.choice(sorted(FAULTS)), rng.choice(sorted(FAULTS))
+    return [first, second] if rng.random() < 0.4 and first.split()[0] != second.split()[0] else [first]
+
+
 @contextmanager
 def relay_killed(stage: Stage, rng: random.Random) -> Iterator[None]:
     stage.kill(rng.choice(stage.relays))
-    yield
-    stage.start_relay(wait=False)
+    try:
+        yield
+    finally:
+        stage.start_relay(wait=False)
 
 
 @contextmanager
 def relay_stopped(stage: Stage, rng: random.Random) -> Iterator[None]:
     relay = rng.choice(stage.relays)
-    relay.process.send_signal(signal.SIGTERM)
-    yield
-    # it may wait for a broker that this schedule took away
-    assert relay.process.wait(60) == 0, relay.said()
     stage.relays.remove(relay)
-    stage.start_relay(wait=False)
+    relay.process.send_signal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        assert relay.process.wait(60) == 0, relay.said()  # it may have to wait for a broker that was taken away
+        stage.start_relay(wait=False)
 
 
 @contextmanager
 def relay_frozen(stage: Stage, rng: random.Random) -> Iterator[None]:
     relay = rng.choice(stage.relays)
     os.kill(relay.process.pid, signal.SIGSTOP)
-    yield
-    if not relay.ended:
-        os.kill(relay.process.pid, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        if not relay.ended:
+            os.kill(relay.process.pid, signal.SIGCONT)
 
 
 @contextmanager
 def walsender_terminated(stage: Stage, rng: random.Random) -> Iterator[None]:
-    stage.terminate_walsender()
+    with suppress(psycopg.OperationalError):  # the server may be down, too
+        stage.terminate_walsender()
     yield
-    stage.terminate_walsender()
 
 
 @contextmanager
 def postgres_stopped(mode: str, stage: Stage, rng: random.Random) -> Iterator[None]:
     stage.servers.postgres.stop(mode)  # type: ignore[arg-type]
-    yield
-    stage.servers.postgres.start()
+    try:
+        yield
+    finally:
+        stage.servers.postgres.start()
 
 
 @contextmanager
 def kafka_killed(stage: Stage, rng: random.Random) -> Iterator[None]:
     stage.servers.kafka.kill()
-    yield
-    stage.servers.kafka.start()
+    try:
+        yield
+    finally:
+        stage.servers.kafka.start()
 
 
 @contextmanager
 def kafka_frozen(stage: Stage, rng: random.Random) -> Iterator[None]:
     os.kill(stage.servers.kafka.pid, signal.SIGSTOP)
-    yield
-    os.kill(stage.servers.kafka.pid, signal.SIGCONT)
+    try:
+        yield
+    finally:
+        os.kill(stage.servers.kafka.pid, signal.SIGCONT)
 
 
 @contextmanager
 def network(side: str, do: Callable[[Proxy], None], stage: Stage, rng: random.Random) -> Iterator[None]:
     proxy = stage.servers.postgres_proxy if side == "postgres" else stage.servers.kafka_proxy
     do(proxy)
-    yield
-    proxy.restore()
+    try:
+        yield
+    finally:
+        proxy.restore()
 
 
 _NETWORK: dict[str, Callable[[Proxy], None]] = {

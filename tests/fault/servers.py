@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cdc_outbox.demo.kafka import EmbeddedKafka, fetch_kafka
+from cdc_outbox.demo.ports import wait_for_port
 from cdc_outbox.demo.postgres import EmbeddedPostgres
 from cdc_outbox.demo.stack import running, server_folder
 from fault.broker_settings import BrokerPorts, make_certificates, settings
@@ -21,9 +22,14 @@ class Servers:
     broker_ports: BrokerPorts
     broker_ca: Path
 
-    def restore_the_network(self) -> None:
+    def restore(self) -> None:
+        """Whatever a scenario left behind, the next one finds all of it well."""
         self.postgres_proxy.restore()
         self.kafka_proxy.restore()
+        self.postgres_proxy.target = self.postgres.port
+        for server in (self.postgres, self.kafka):
+            if not wait_for_port(server.port, timeout_seconds=0.5):
+                server.start()
 
 
 @contextmanager

@@ -174,8 +174,8 @@ class Stage:
     def terminate_walsender(self) -> bool:
         """False if there is none."""
         query = "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s AND active"
-        self.world.db = reconnected(self.world)
-        return self.world.db.execute(query, [self.world.slot]).rowcount > 0
+        with psycopg.connect(self.world.dsn) as connection:
+            return connection.execute(query, [self.world.slot]).rowcount > 0
 
     def refused(self, fault: str, seconds: float) -> None:
         """For the table: a fault that ends the relay."""
@@ -361,7 +361,7 @@ def make_stage(servers: Servers, folder: Path, outcomes: list[Outcome], refusals
         try:
             yield stage
         finally:
-            servers.restore_the_network()
+            servers.restore()
             stage.clean_up()
 
 
