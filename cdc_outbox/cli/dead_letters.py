@@ -27,13 +27,16 @@ def command() -> None:
 @click.option("--aggregate", "aggregate_id", metavar="ID", help="Of this aggregate id.")
 @click.option("--type", "event_type", metavar="TYPE", help="Of this event type.")
 @click.option("--reason", metavar="REASON", help="With this reason, as in the list; % stands for anything.")
-@click.option("--since", type=_time, help="Put away at or after this time (the session's time zone if it names none).")
-@click.option("--until", type=_time, help="Put away before this time.")
+@click.option("--since", type=_time, metavar="TIME", help="Put away since then, e.g. 2026-11-01T12:00:00+0000.")
+@click.option("--until", type=_time, metavar="TIME", help="Put away before then.")
 @click.option("--all", "settled_too", is_flag=True, help="Those too that were redriven or discarded.")
 @_as_json
 @click.pass_obj
 def list_(settings: Settings, /, *, as_json: bool, **wanted: Any) -> None:
-    """List dead letters that wait for a decision, in the order of their commits."""
+    """List dead letters that wait for a decision.
+
+    In the order in which their transactions committed. A TIME without an offset is in the server's time zone.
+    """
     with _connect(settings) as connection:
         letters = dead_letters.find(connection, dead_letters.Filter(**wanted))
     if as_json:

@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from http import HTTPStatus
+from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
 from urllib.error import HTTPError
@@ -29,17 +30,22 @@ _RETRY_SECONDS: Final = 1.0
 def ask_readyz(address: str, *, timeout_seconds: float) -> dict[str, Any] | None:
     """The report of the relay that listens at ``address`` (host:port); None if none answers."""
     try:
-        with urlopen(f"http://{address}/readyz", timeout=timeout_seconds) as answer:
+        with _get_readyz(address, timeout_seconds) as answer:
             body = answer.read()
-    except HTTPError as answer:  # 503 is an answer too
-        body = answer.read()
-    except OSError:
+    except (OSError, HTTPException):
         return None
     try:
         report = orjson.loads(body)
     except orjson.JSONDecodeError:
         return None
     return report if isinstance(report, dict) else None
+
+
+def _get_readyz(address: str, timeout_seconds: float) -> Any:
+    try:
+        return urlopen(f"http://{address}/readyz", timeout=timeout_seconds)
+    except HTTPError as answer:  # 503 is an answer too
+        return answer
 
 
 class _Server(ThreadingHTTPServer):

@@ -93,6 +93,7 @@ class Session:
         self._health_at = now
         #: up to this event (see `reached`) each is published alone
         self._suspected: tuple[int, int] | None = None
+        #: events were settled since the last status update
         self._carried = False
 
     def suspect(self, reached: tuple[int, int]) -> None:
@@ -191,8 +192,12 @@ class Session:
     def _settle_what_came_before(self) -> None:
         """An operator is needed: confirm what came before the trouble, so that no restart sends it again."""
         self._watermark.close_batch()
-        with suppress(CdcOutboxError):  # the trouble itself, again
+        try:
             self._drain(_LAST_DRAIN_SECONDS)
+        except SourceUnavailable:
+            return  # the outcome of a redrive may be what was not recorded: nothing more is confirmed
+        except CdcOutboxError:
+            pass  # the trouble itself, again
         with suppress(CdcOutboxError):
             self._send_last_status()
 
@@ -258,6 +263,7 @@ class Session:
             self._health.become("waiting", "Kafka acknowledges nothing")
         elif silence > _SILENCE_NOT_READY_SECONDS:
             self._health.become("waiting", "the PostgreSQL server does not answer")
+            self._health_at = now + _STATUS_EVERY_SECONDS  # what follows is a connection each time
             if self._stream.is_given_up():
                 raise SourceUnavailable("the server has ended the replication stream, unheard")
         else:

@@ -5,6 +5,7 @@ Every round prints its seed first; `--seed N --rounds 1` plays that one again. E
 
 import argparse
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -25,6 +26,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="of the first round (default: by chance)")
     arguments = parser.parse_args()
     seed = arguments.seed if arguments.seed is not None else random.SystemRandom().randrange(1_000_000)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers and relays go, whoever ends it
     end = time.monotonic() + arguments.minutes * 60
     outcomes: list[Outcome] = []
     with start_servers() as servers, tempfile.TemporaryDirectory() as folder:
