@@ -44,7 +44,8 @@ class Stateless:
     def settled_ordinals(self, commit_lsn: int) -> frozenset[int]:  # noqa: ARG002
         return frozenset()
 
-    def take(self, request: RedriveRequest) -> Record | None:  # noqa: ARG002
+    def take(self, request: RedriveRequest) -> Record | None:
+        get_logger().warning("redrive_passed_over", dead_letter=request.dead_letter_id, state="not ours to read")
         return None
 
     def refused_again(self, dead_letter_id: int, poison: PoisonEvent) -> None:

@@ -55,7 +55,7 @@ def swaps_two_events_of_a_key() -> None:
                 held.append(record)
                 return
             publish(*record)
-            if held and held[0][2] == record[2]:
+            if held and (held[0][0], held[0][2]) == (record[0], record[2]):
                 publish(*held.pop())
 
         return swapping

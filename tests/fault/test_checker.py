@@ -90,8 +90,8 @@ def play(stage: Stage, how: str) -> Verdict:
     ],
 )
 def test_a_relay_that_breaks_a_promise_is_caught(stage: Stage, how: Callable[[], None], promise: str) -> None:
-    broken = play(stage, how.__name__)
-    assert [found[:2] for found in broken.broken_promises()][:1] == [promise]
+    verdict = play(stage, how.__name__)
+    assert promise in {found[:2] for found in verdict.broken_promises()}
 
 
 def test_a_relay_that_confirms_a_rows_lsn_is_caught(stage: Stage) -> None:
