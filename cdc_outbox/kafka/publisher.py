@@ -69,6 +69,8 @@ _POISON: Final = frozenset(
         KafkaError.POLICY_VIOLATION,
     }
 )
+#: What a producer says once it has died of a refusal, of whichever event.
+_DEAD: Final = frozenset({KafkaError._GAPLESS_GUARANTEE, KafkaError._FATAL})  # noqa: SLF001 - so spelt by librdkafka
 _ACCESS: Final = frozenset(
     {
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -277,6 +279,6 @@ def _explain(error: KafkaError, topic: str) -> CdcOutboxError:
         return OperatorNeeded(f"topic {topic} must not be written to: {reason}", hint="grant WRITE on the topic")
     if code in _MISSING:
         return OperatorNeeded(f"topic {topic} does not exist: {reason}", hint=MISSING_TOPIC_HINT)
-    if code == KafkaError._GAPLESS_GUARANTEE:  # noqa: SLF001 - some event was refused for good
-        return BatchRefused(f"topic {topic} refuses an event: {reason}")
+    if code in _DEAD:
+        return BatchRefused(f"Kafka has refused an event for good, of topic {topic} or another: {reason}")
     return BrokerUnavailable(f"publishing to topic {topic} failed: {reason}")

@@ -128,6 +128,23 @@ def test_a_batch_refused_for_good_names_no_culprit_and_nothing_passes_it(publish
     assert [message.value() for message in read_topic(kafka, name, 1)] == [b"small"]
 
 
+def test_a_producer_that_died_of_a_refusal_says_so_at_the_next_publish(publisher: Publisher, kafka: str) -> None:
+    """Before any report was served, and whether or not one can be."""
+    name = f"test.{uuid.uuid4().hex}"
+    create_topic(kafka, name, partitions=1, **{"max.message.bytes": "2000"})
+
+    def refused() -> BaseException | None:
+        try:
+            publisher.publish(name, b"after", b"k", -1, lambda _error, _message: None, None, 0, [])
+        except publisher.refusal as error:
+            return error
+        return None
+
+    publisher.publish(name, INCOMPRESSIBLE, b"k", -1, lambda _error, _message: None, None, 0, [])
+    refusal = wait_until(refused, "the producer is dead")
+    assert isinstance(publisher.explain(refusal, name), BatchRefused)
+
+
 def test_one_by_one_the_culprit_is_named_and_the_innocents_land(publisher: Publisher, kafka: str) -> None:
     name = f"test.{uuid.uuid4().hex}"
     create_topic(kafka, name, partitions=1, **{"max.message.bytes": "2000"})

@@ -54,7 +54,7 @@ def test_other_keys_are_passed_on() -> None:
         (KafkaError.UNKNOWN_TOPIC_OR_PART, OperatorNeeded),
         (KafkaError._MSG_TIMED_OUT, BrokerUnavailable),
         (KafkaError._PURGE_QUEUE, BrokerUnavailable),
-        (KafkaError._FATAL, BrokerUnavailable),
+        (KafkaError._FATAL, BatchRefused),
         (KafkaError._GAPLESS_GUARANTEE, BatchRefused),
         (KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER, BrokerUnavailable),
         (KafkaError.INVALID_PRODUCER_EPOCH, BrokerUnavailable),
