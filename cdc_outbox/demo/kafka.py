@@ -33,7 +33,12 @@ def no_progress(_name: str, _size_bytes: int) -> Iterator[Callable[[int], None]]
 
 
 def fetch_kafka(progress: DownloadProgress = no_progress) -> list[Path]:
-    """Kafka's jars, fetched if they are not in the cache. Raises ConfigurationError if they are not to be had.
+    """Kafka's jars, fetched if they are not in the cache. Raises ConfigurationError if they are not to be had."""
+    return fetch_jars(KAFKA, progress)
+
+
+def fetch_jars(endpoint: str, progress: DownloadProgress = no_progress) -> list[Path]:
+    """The jars of ``group:artifact:version`` (several joined by +) and of all that they need. Raises as above.
 
     jgo takes a file that is there for a whole one, so a fetch that was interrupted is begun anew.
     """
@@ -45,7 +50,7 @@ def fetch_kafka(progress: DownloadProgress = no_progress) -> list[Path]:
         raise ConfigurationError(
             "the embedded Kafka is not installed", hint="pip install 'cdc-outbox[demo]', or give --kafka"
         ) from error
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdc-outbox" / KAFKA.replace(":", "-")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdc-outbox" / endpoint.replace(":", "-")
     complete = cache / "complete"
     if not complete.exists():
         shutil.rmtree(cache, ignore_errors=True)
@@ -57,11 +62,11 @@ def fetch_kafka(progress: DownloadProgress = no_progress) -> list[Path]:
             repo_cache=cache / "repository",
             remote_repos={"central": MAVEN_CENTRAL_URL},
         )
-        environment = EnvironmentBuilder(context=context, cache_dir=cache).from_endpoint(KAFKA)
+        environment = EnvironmentBuilder(context=context, cache_dir=cache).from_endpoint(endpoint)
         jars = [Path(jar) for jar in environment.all_jars]
     except Exception as error:
         raise ConfigurationError(
-            f"{KAFKA} cannot be fetched: {error}", hint="check the network, or give --kafka HOST:PORT"
+            f"{endpoint} cannot be fetched: {error}", hint="check the network, or give --kafka HOST:PORT"
         ) from error
     finally:
         truststore.extract_from_ssl()

@@ -45,6 +45,11 @@ class EmbeddedPostgres:
         self._password = secrets.token_hex(8)
         self.port = free_port()
 
+    @property
+    def programs(self) -> Path:
+        """The folder of initdb, pg_recvlogical and the others."""
+        return self._bin
+
     def dsn(self) -> str:
         """A superuser's."""
         return f"postgresql://{_USER}:{self._password}@127.0.0.1:{self.port}/postgres"

@@ -57,7 +57,10 @@ class RelayProcess:
         """Asked of the kernel: Ctrl-C inside Popen.poll leaves its lock taken, and then nobody can wait any more."""
         if self.process.returncode is not None:
             return True
-        return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        try:
+            return os.waitid(os.P_PID, self.process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+        except ChildProcessError:  # another thread has waited for it at this very moment
+            return True
 
     def wait_until_ready(self) -> None:
         """Raises CheckFailed with what the relay printed if it ends or does not become ready."""

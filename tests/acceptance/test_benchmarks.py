@@ -1,0 +1,53 @@
+"""The benchmark harness in its quick form: that it works, not how fast anything is."""
+
+import json
+import subprocess
+import sys
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import pytest
+
+from benchmarks.arena import open_arena
+from benchmarks.drain import Incomplete, drain
+from benchmarks.lane import Backlog, Lane
+from benchmarks.peers.process import running
+from benchmarks.peers.relay import Relay
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_every_scenario_and_the_peers_that_need_no_java(postgres: str, kafka: str, tmp_path: Path) -> None:
+    peers = [f"--peer={name}" for name in ("cdc-outbox", "pg_recvlogical", "polling relay", "mq-bridge")]
+    arguments = ["--quick", "--repeat=1", f"--postgres={postgres}", f"--kafka={kafka}", "--json=-"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", *arguments, *peers, f"--charts={tmp_path}"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=170,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["conditions"]["cores"]
+    for scenario in ("drain-bulk", "drain-single", "drain-bulk-jsonb"):
+        ran = {run["peer"] for run in report["drains"][scenario]} | set(report["left_out"])
+        assert ran == {"cdc-outbox", "pg_recvlogical", "polling relay", "mq-bridge"}
+    for name, count in {"latency": 3, "start": 1, "crash": 1, "huge": 1, "idle": 1, "growth": 12}.items():
+        assert len(report[name]) == count, name
+    assert report["crash"][0]["lost"] == 0
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg"}
+
+
+class LosingRelay(Relay):
+    name = "a relay that drops a row"
+
+    def start(self, lane: Lane) -> AbstractContextManager[subprocess.Popen[bytes]]:
+        environment = {**self.environment(lane), "PYTHONPATH": str(ROOT / "tests")}
+        return running([sys.executable, "-m", "fault.broken_relay", "drops_a_row"], environment)
+
+
+def test_no_figure_for_a_relay_that_loses_an_event(postgres: str, kafka: str) -> None:
+    with open_arena(postgres, kafka) as arena, pytest.raises(Incomplete, match="1 missing"):
+        drain(arena, LosingRelay(), Backlog(500, 100))
