@@ -373,6 +373,11 @@ def _create_topic(world: World, name: str) -> str:
     return aggregate_type
 
 
+def peak_rss_mb(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
+
+
 def reconnected(world: World) -> psycopg.Connection[Any]:
     """The world's own session, a new one if the server has ended it."""
     try:

@@ -20,8 +20,7 @@ from fault.mock_kafka import (
     MockKafka,
     mock_kafka,
 )
-from fault.stage import Stage, read_to_the_end
-from fault.test_postgres import peak_rss_mb
+from fault.stage import Stage, peak_rss_mb, read_to_the_end
 from support.waiting import wait_until
 from support.world import create_topic
 

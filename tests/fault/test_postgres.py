@@ -4,7 +4,6 @@ import shutil
 import subprocess
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 from psycopg import conninfo
@@ -13,7 +12,7 @@ from cdc_outbox.demo.postgres import EmbeddedPostgres
 from cdc_outbox.demo.stack import running, server_folder
 from cdc_outbox.postgres import migrations
 from cdc_outbox.postgres.connection import connect
-from fault.stage import Stage, reconnected
+from fault.stage import Stage, peak_rss_mb, reconnected
 from support.waiting import wait_until
 
 
@@ -198,11 +197,6 @@ def test_one_transaction_of_a_million_rows(stage: Stage) -> None:
     verdict = stage.close("one transaction of a million rows", max_duplicates=0)
     assert verdict.events == 1_000_000
     assert verdict.duplicates == []
-
-
-def peak_rss_mb(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return next(int(line.split()[1]) / 1024 for line in status.splitlines() if line.startswith("VmHWM"))
 
 
 @pytest.mark.parametrize("right", ["LOGIN", "REPLICATION"])
