@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from datetime import UTC, datetime
 from string import Formatter
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 import orjson
 
 from cdc_outbox.errors import ConfigurationError, MalformedStream, OperatorNeeded, PoisonEvent
 from cdc_outbox.postgres.frames import MESSAGE_START
-from cdc_outbox.postgres.pgoutput import InsertReader, Relation, compile_insert_reader
+from cdc_outbox.postgres.pgoutput import Relation, compile_insert_function, compile_insert_reader
 
 HeaderStyle = Literal["plain", "cloudevents", "debezium"]
 Headers = list[tuple[str, bytes | None]]
@@ -35,6 +35,13 @@ _MEDIA_TYPES: Final = {
     25: b"text/plain; charset=utf-8",  # text
     1043: b"text/plain; charset=utf-8",  # varchar
     _BYTEA: b"application/octet-stream",
+}
+
+#: What a row plan does for the headers of each style; cloudevents has too many for a line.
+_HEADER_CODE: Final[Mapping[HeaderStyle, str]] = {
+    "plain": '[("id", {id}), ("type", {event_type})]',
+    "debezium": '[("id", {id})]',
+    "cloudevents": "make_headers({id}, {event_type}, {aggregate_id}, commit_time_ms)",
 }
 
 _LONGEST_TOPIC: Final = 249
@@ -185,15 +192,30 @@ class Router:
             return None
         types = {column.name: column.type_oid for column in relation.columns}
         check_columns(outbox, self._topic, types)
-        with_headers = outbox.column("headers") in types
-        fields = [*REQUIRED_FIELDS, *(["headers"] if with_headers else []), *self._topic.fields]
         payload_type = types[outbox.column("payload")]
-        return _plan(
-            compile_insert_reader(relation, [outbox.column(field) for field in fields]),
-            self._topics,
-            _header_maker(self._style, self._source.encode(), _MEDIA_TYPES[payload_type]),
-            with_headers=with_headers,
-            unhex=payload_type == _BYTEA,
+        topic_fields = {f"topic{number}": field for number, field in enumerate(self._topic.fields)}
+        fields = {**{field: field for field in REQUIRED_FIELDS}, **topic_fields}
+        body = ["if {aggregate_id} is None: raise key_is_null()", f"headers = {_HEADER_CODE[self._style]}"]
+        if outbox.column("headers") in types:
+            fields["headers"] = "headers"
+            body.append("if {headers} is not None: headers += own_headers({headers})")
+        value = "{payload}"
+        if payload_type == _BYTEA:
+            value = "None if {payload} is None else unhex({payload})"
+        topic_values = "".join(f"{{{variable}}}, " for variable in topic_fields)
+        body.append(f"return topics[({topic_values})], {value}, {{aggregate_id}}, headers")
+        # One generated function an event: with calls of reader and header maker it was 1.33 instead of 1.09 µs.
+        return compile_insert_function(
+            relation,
+            {variable: outbox.column(field) for variable, field in fields.items()},
+            body,
+            {
+                "topics": self._topics,
+                "key_is_null": _key_is_null,
+                "own_headers": _own_headers,
+                "unhex": _unhex,
+                "make_headers": _header_maker(self._style, self._source.encode(), _MEDIA_TYPES[payload_type]),
+            },
         )
 
     def check(self, topic: str) -> None:
@@ -263,25 +285,8 @@ def check_columns(outbox: Outbox, topic: TopicTemplate, types: Mapping[str, int]
         )
 
 
-def _plan(
-    read: InsertReader, topics: _Topics, make_headers: _MakeHeaders, *, with_headers: bool, unhex: bool
-) -> RowPlan:
-    topic_at = len(REQUIRED_FIELDS) + with_headers
-
-    def plan(frame: bytes, commit_time_ms: int) -> Any:
-        values = read(frame)
-        event_id, key, event_type, value = values[:4]
-        if key is None:
-            raise PoisonEvent("the aggregate id is NULL", reason="aggregate_id_null")
-        if unhex and value is not None:
-            value = _unhex(value)
-        headers = make_headers(event_id, event_type, key, commit_time_ms)
-        if with_headers and values[4] is not None:
-            headers += _own_headers(values[4])
-        # a plain tuple in the shape of a Record: building the NamedTuple would be one more call per event
-        return topics[values[topic_at:]], value, key, headers
-
-    return plan
+def _key_is_null() -> PoisonEvent:
+    return PoisonEvent("the aggregate id is NULL", reason="aggregate_id_null")
 
 
 def _header_maker(style: HeaderStyle, source: bytes, media_type: bytes) -> _MakeHeaders:
