@@ -59,14 +59,14 @@ def main(
     Fails if anything is missing or out of order in what a consumer received.
     """
     console = Console(stderr=str(json_file) == "-")
+    failure: Incomplete | None = None
     with open_arena(postgres, kafka) as arena:
         report = Report({**arena.conditions(), "repeat": repeat, "quick": quick})
         steps = _plan(arena, report, scenarios or (*DRAINS, *OTHERS), peers or NAMES, repeat, quick=quick)
         try:
             _carry_out(steps, console)
-        except Incomplete as error:
-            console.print(f"[red]failed: {error}[/]")
-            sys.exit(4)
+        except Incomplete as error:  # what was measured before it still counts
+            failure = error
     report.show(console)
     if json_file:
         text = orjson.dumps(report.as_json(), option=orjson.OPT_INDENT_2)
@@ -74,6 +74,9 @@ def main(
     if charts:
         for file in draw(report, charts):
             console.print(f"drawn: {file}")
+    if failure:
+        console.print(f"[red]failed: {failure}[/]")
+        sys.exit(4)
 
 
 def _plan(
