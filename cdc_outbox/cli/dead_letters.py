@@ -1,10 +1,11 @@
 """`cdc-outbox dead-letters list|show|redrive|discard`: events that could not be published, and what becomes of them."""
 
 import base64
-from typing import Any
+from typing import Any, Final
 
 import click
 import orjson
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +15,9 @@ from cdc_outbox.postgres import dead_letters
 from cdc_outbox.postgres.connection import Connection, connect
 
 _ids = click.argument("ids", nargs=-1, required=True, type=int)
+#: What a column of the table takes besides its content.
+_GAP: Final = 3
+
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 _time = click.DateTime(formats=["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M:%S", "%Y-%m-%d"])
 
@@ -45,16 +49,8 @@ def list_(settings: Settings, /, *, as_json: bool, **wanted: Any) -> None:
     if not letters:
         click.echo("no dead letters" + ("" if wanted["settled_too"] else " that wait for a decision"))
         return
-    table = Table("id", "state", "put away", "reason", "aggregate", "type", "topic", "tries")
-    for letter in letters:
-        table.add_row(
-            str(letter["id"]),
-            letter["state"],
-            f"{letter['created_at']:%Y-%m-%d %H:%M:%S}",
-            *(Text(letter[column] or "") for column in ("reason", "aggregate_id", "event_type", "topic")),
-            str(letter["attempts"]),
-        )
-    Console().print(table)
+    console = Console()
+    console.print(_table(letters, with_state=wanted["settled_too"], width=console.width))
 
 
 @command.command()
@@ -109,6 +105,28 @@ def discard(settings: Settings, *, ids: tuple[int, ...], reason: str) -> None:
         for dead_letter_id in ids:
             dead_letters.discard(connection, dead_letter_id, reason)
             click.echo(f"dead letter {dead_letter_id} discarded")
+
+
+def _table(letters: list[dead_letters.Row], *, with_state: bool, width: int) -> Table:
+    """Where the terminal is narrow the last three columns are cut; `show` has all of them."""
+    whole = {
+        "id": [str(letter["id"]) for letter in letters],
+        "put away": [f"{letter['created_at']:%m-%d %H:%M}" for letter in letters],
+        "reason": [letter["reason"] for letter in letters],
+        **({"state": [letter["state"] for letter in letters]} if with_state else {}),
+        "tries": [str(letter["attempts"]) for letter in letters],
+    }
+    rest = {"aggregate": "aggregate_id", "type": "event_type", "topic": "topic"}
+    taken = sum(max(map(len, [head, *cells])) + _GAP for head, cells in whole.items())
+    room = max(5, (width - taken) // len(rest) - _GAP)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in whole:
+        table.add_column(head, no_wrap=True)
+    for head in rest:
+        table.add_column(head, no_wrap=True, max_width=room)
+    for row, letter in zip(zip(*whole.values(), strict=True), letters, strict=True):
+        table.add_row(*row, *(Text(letter[column] or "") for column in rest.values()))
+    return table
 
 
 def _connect(settings: Settings) -> Connection:
