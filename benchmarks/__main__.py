@@ -1,6 +1,7 @@
 """`python -m benchmarks`: what a relay costs and how far behind it falls, on this machine, beside its peers."""
 
 import random
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -58,6 +59,7 @@ def main(
 
     Fails if anything is missing or out of order in what a consumer received.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers and peers go, whoever ends it
     console = Console(stderr=str(json_file) == "-")
     failure: Incomplete | None = None
     with open_arena(postgres, kafka) as arena:

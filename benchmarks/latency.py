@@ -40,22 +40,23 @@ def measure_latency(arena: Arena, rate: int, seconds: float) -> Latency:
         _wait_for_slot(lane)
         receiver, sender = multiprocessing.Pipe(duplex=False)
         context = multiprocessing.get_context("spawn")
-        consumer = context.Process(target=_consume, args=[arena.bootstrap_servers, lane.topic, sender])
+        arguments = [arena.bootstrap_servers, lane.topic, _events(rate, seconds), sender]
+        consumer = context.Process(target=_consume, args=arguments)
         consumer.start()
         receiver.recv()  # it listens
-        sent, began = _write(lane, rate, seconds), time.time()
-        samples: list[tuple[float, float]] = []
-        while len(samples) < sent:
-            if not receiver.poll(20):
-                raise Incomplete(f"latency: {len(samples)} of {sent} events arrived")
-            samples += receiver.recv()
+        _write(lane, rate, seconds)
+        ended = time.time()
+        arrived = receiver.poll(30)
+        samples: list[tuple[float, float]] = receiver.recv() if arrived else []
         consumer.terminate()
         consumer.join()
+    if not arrived:
+        raise Incomplete("latency: not all events arrived within 30 s")
     first = min(at for at, _ in samples)
     counted = sorted(latency for at, latency in samples if at > first + _WARM_UP_SECONDS)
     return Latency(
         rate,
-        round(sent / (began - first), 1),
+        round(len(samples) / (ended - first), 1),
         len(counted),
         *(round(_percentile(counted, share) * 1000, 2) for share in (0.5, 0.95, 0.99, 1.0)),
     )
@@ -73,35 +74,39 @@ def _wait_for_slot(lane: Lane) -> None:
         time.sleep(0.01)
 
 
-def _write(lane: Lane, rate: int, seconds: float) -> int:
-    """Single events, each committed by itself, by several writers; how many."""
-    counts: list[int] = []
-    writers = min(_WRITERS, max(1, rate // 100))
-    threads = [
-        threading.Thread(target=lambda: counts.append(_write_alone(lane, rate / writers, seconds)))
-        for _ in range(writers)
-    ]
+def _writers(rate: int) -> int:
+    return min(_WRITERS, max(1, rate // 100))
+
+
+def _events(rate: int, seconds: float) -> int:
+    """Whole numbers for every writer, the warm-up included."""
+    return int(rate / _writers(rate) * (seconds + _WARM_UP_SECONDS)) * _writers(rate)
+
+
+def _write(lane: Lane, rate: int, seconds: float) -> None:
+    """Single events, each committed by itself, by several writers."""
+    writers = _writers(rate)
+    events = _events(rate, seconds) // writers
+    threads = [threading.Thread(target=_write_alone, args=[lane, rate / writers, events]) for _ in range(writers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    return sum(counts)
 
 
-def _write_alone(lane: Lane, rate: float, seconds: float) -> int:
-    total = int(rate * (seconds + _WARM_UP_SECONDS))
+def _write_alone(lane: Lane, rate: float, events: int) -> None:
     with psycopg.connect(lane.dsn, autocommit=True) as connection:
         begin = time.monotonic()
-        for number in range(total):
+        for number in range(events):
             pause = begin + number / rate - time.monotonic()
             if pause > 0:
                 time.sleep(pause)
             payload = json.dumps({"sent": time.time(), "note": "x" * 250})
             connection.execute(_INSERT, [lane.name, f"a-{number % 1000}", payload], prepare=True)
-    return total
 
 
-def _consume(bootstrap_servers: str, topic: str, pipe: Connection) -> None:
+def _consume(bootstrap_servers: str, topic: str, events: int, pipe: Connection) -> None:
+    """Sends one list when it has seen ``events``: nothing may hold it up before."""
     consumer: Any = Consumer(
         {
             "bootstrap.servers": bootstrap_servers,
@@ -112,13 +117,11 @@ def _consume(bootstrap_servers: str, topic: str, pipe: Connection) -> None:
     )
     consumer.assign([TopicPartition(topic, number, 0) for number in range(PARTITIONS)])
     pipe.send("listening")
-    while True:
+    samples: list[tuple[float, float]] = []
+    while len(samples) < events:
         message = consumer.poll(0.2)
-        batch: list[tuple[float, float]] = []
-        while message is not None:
+        if message is not None and not message.error():
             now = time.time()
             sent = json.loads(message.value())["sent"]
-            batch.append((sent, now - sent))
-            message = consumer.poll(0) if len(batch) < 1000 else None
-        if batch:
-            pipe.send(batch)
+            samples.append((sent, now - sent))
+    pipe.send(samples)

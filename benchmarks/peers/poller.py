@@ -50,17 +50,16 @@ def main() -> None:
     with psycopg.connect(os.environ["POLLER_DSN"]) as connection:
         while True:
             rows = connection.execute(
-                "SELECT place, id::text, aggregate_type, aggregate_id, event_type, payload::text FROM outbox"
+                "SELECT id::text, aggregate_type, aggregate_id, event_type, payload::text FROM outbox"
                 " WHERE processed_at IS NULL ORDER BY place LIMIT %s FOR UPDATE SKIP LOCKED",
                 [_BATCH],
             ).fetchall()
-            for _, event_id, aggregate_type, aggregate_id, event_type, payload in rows:
+            for event_id, aggregate_type, aggregate_id, event_type, payload in rows:
                 headers = [("id", event_id), ("type", event_type)]
                 producer.produce(f"outbox.{aggregate_type}", payload, aggregate_id, headers=headers)
             producer.flush()
-            connection.execute(
-                "UPDATE outbox SET processed_at = now() WHERE place = ANY(%s)", [[place for place, *_ in rows]]
-            )
+            ids = [event_id for event_id, *_ in rows]
+            connection.execute("UPDATE outbox SET processed_at = now() WHERE id = ANY(%s::uuid[])", [ids])
             connection.commit()
             if not rows:
                 time.sleep(_SLEEP_SECONDS)
