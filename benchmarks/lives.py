@@ -1,6 +1,7 @@
 """The relay's other hours: its start, its idling, a huge transaction, a crash in the middle of a drain."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
@@ -108,8 +109,7 @@ def _lag_bytes(lane: Lane) -> int:
     return int(row[0]) if row else -1
 
 
-def _wait(condition: object, what: str) -> None:
-    assert callable(condition)
+def _wait(condition: Callable[[], object], what: str) -> None:
     deadline = time.monotonic() + _LONGEST_SECONDS
     while not condition():
         if time.monotonic() > deadline:

@@ -87,9 +87,12 @@ class OutboxConfig(_Section):
     columns: ColumnsConfig = ColumnsConfig()
 
 
+OnPoison = Literal["stop", "dead-letter"]
+
+
 class RelayConfig(_Section):
     max_in_flight: int = Field(default=8_000, ge=1, le=10_000_000)
-    on_poison: Literal["stop", "dead-letter"] = "stop"
+    on_poison: OnPoison = "stop"
 
 
 class HttpConfig(_Section):

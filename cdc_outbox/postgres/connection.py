@@ -78,12 +78,13 @@ def connect(dsn: str, *, application_name: str = "cdc-outbox", **parameters: str
 
     Raises ConfigurationError for a DSN that cannot be read, SourceUnavailable, OperatorNeeded.
     """
-    complete = connection_parameters(dsn, application_name=application_name, **parameters)
-    try:
-        # A replication connection speaks only the simple query protocol, which is what a ClientCursor uses.
-        return psycopg.connect(complete, autocommit=True, cursor_factory=psycopg.ClientCursor)
-    except psycopg.OperationalError as error:
-        raise _explain_refusal(error) from error
+    # A replication connection speaks only the simple query protocol, which is what a ClientCursor uses.
+    with _refusals_explained():
+        return psycopg.connect(
+            connection_parameters(dsn, application_name=application_name, **parameters),
+            autocommit=True,
+            cursor_factory=psycopg.ClientCursor,
+        )
 
 
 def connect_for_state(dsn: str) -> Connection:
@@ -91,11 +92,10 @@ def connect_for_state(dsn: str) -> Connection:
 
     Raises as ``connect`` does.
     """
-    complete = connection_parameters(dsn, application_name="cdc-outbox state")
-    try:
-        connection = BoundedConnection.connect(complete, autocommit=True)
-    except psycopg.OperationalError as error:
-        raise _explain_refusal(error) from error
+    with _refusals_explained():
+        connection = BoundedConnection.connect(
+            connection_parameters(dsn, application_name="cdc-outbox state"), autocommit=True
+        )
     with translated("preparing the state session"):
         connection.execute("SET statement_timeout = '5s'")
         connection.execute(
@@ -149,6 +149,14 @@ def explain(error: psycopg.Error, what: str) -> CdcOutboxError:
 
 def first_line(text: str) -> str:
     return text.strip().partition("\n")[0].strip()
+
+
+@contextmanager
+def _refusals_explained() -> Iterator[None]:
+    try:
+        yield
+    except psycopg.OperationalError as error:
+        raise _explain_refusal(error) from error
 
 
 def _explain_refusal(error: psycopg.OperationalError) -> CdcOutboxError:

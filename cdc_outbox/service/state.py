@@ -8,10 +8,11 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Final, Literal, Protocol
+from typing import Final, Protocol
 
 import orjson
 
+from cdc_outbox.config import OnPoison
 from cdc_outbox.errors import PoisonEvent
 from cdc_outbox.postgres import dead_letters
 from cdc_outbox.postgres.connection import Connection
@@ -24,8 +25,6 @@ from cdc_outbox.service.metrics import Metrics
 
 #: While events flow the note is renewed so often, so that it tells much even after a crash.
 _NOTE_EVERY_SECONDS: Final = 1.0
-
-OnPoison = Literal["stop", "dead-letter"]
 
 
 class SessionState(DeadLetters, Protocol):

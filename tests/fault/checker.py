@@ -46,7 +46,7 @@ class Verdict:
     reordered: list[str]
     #: when each duplicate was appended
     duplicates: list[float]
-    #: seconds by which the worst sample of the slot came before a settlement
+    #: samples of the slot that came before a settlement, each in words
     confirmed_early: list[str]
 
     def broken_promises(self) -> list[str]:

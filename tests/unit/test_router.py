@@ -196,3 +196,15 @@ def test_a_payload_of_another_type_is_refused() -> None:
 def test_other_relations_have_no_plan() -> None:
     router = Router(Outbox("app", "outbox", FIELDS), TopicTemplate("t"), "plain", "", lambda _: None)
     assert router.compile(relation(COLUMNS)) is None
+
+
+@pytest.mark.parametrize("style", ["plain", "debezium", "cloudevents"])
+def test_a_description_has_the_headers_that_its_record_would_have(style: HeaderStyle) -> None:
+    router = Router(Outbox("public", "outbox", FIELDS), TopicTemplate("events"), style, "/source", lambda _: None)
+    outbox = relation(COLUMNS)
+    frame = frames.insert(7, list({**ROW, "headers": b'{"x": "y"}'}.values()))
+    plan = router.compile(outbox)
+    assert plan
+    assert router.describe(outbox, frame, COMMIT_TIME_MS).headers == plan(frame, COMMIT_TIME_MS)[3]
+    nameless = dict(router.describe(outbox, frames.insert(7, [None] * len(COLUMNS)), COMMIT_TIME_MS).headers)
+    assert nameless["ce_id" if style == "cloudevents" else "id"] == b"", "NULL is an empty header"
