@@ -50,7 +50,7 @@ class RelayProcess:
                 self.process.wait(_STOP_SECONDS)
             except subprocess.TimeoutExpired:
                 self.process.kill()
-                self.process.wait()
+        self.process.wait()
 
     @property
     def ended(self) -> bool:

@@ -105,11 +105,12 @@ def connect_for_state(dsn: str) -> Connection:
 
 
 def connection_parameters(dsn: str, *, application_name: str, **parameters: str) -> str:
-    """``dsn`` with what it leaves open filled in, as a conninfo string. Raises ConfigurationError."""
-    given = parse_dsn(dsn)
-    defaults = {"fallback_application_name": application_name, **_DEFAULTS}
-    missing = {key: value for key, value in defaults.items() if key not in given}
-    return conninfo.make_conninfo(dsn, client_encoding="UTF8", **missing, **parameters)
+    """``dsn`` with what it leaves open filled in, as a conninfo string; ``parameters`` go before what it says.
+
+    Raises ConfigurationError.
+    """
+    given = {"fallback_application_name": application_name, **_DEFAULTS, **parse_dsn(dsn), **parameters}
+    return conninfo.make_conninfo("", **{**given, "client_encoding": "UTF8"})
 
 
 def parse_dsn(dsn: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ Liveness never depends on Kafka or PostgreSQL: restarting the relay would mend n
 
 import errno
 import socket
+import sys
 import threading
 import time
 from http import HTTPStatus
@@ -54,6 +55,11 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, handler)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Whoever hung up before the answer wants no answer; anything else is a defect of ours, and shown."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class HttpServer:

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -107,6 +109,18 @@ def test_http(world: World, start_relay: StartRelay) -> None:
     assert relay.metric("cdc_outbox_events_in_flight") == 0
     assert relay.metric('cdc_outbox_state{state="streaming"}') == 1
     wait_until(lambda: relay.metric("cdc_outbox_slot_lag_bytes") is not None, "the monitor has looked")
+
+
+def test_who_hangs_up_before_the_answer_leaves_no_trace(world: World, start_relay: StartRelay) -> None:
+    world.migrate()
+    relay = start_relay()
+    host, port = relay.address.split(":")
+    for _ in range(20):
+        with socket.create_connection((host, int(port))) as client:
+            client.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # a reset, at once
+    assert readyz_state(relay) == "streaming"
+    assert "Error" not in relay.said()
 
 
 def test_nothing_but_our_lines_is_logged_when_a_topic_is_created(world: World, start_relay: StartRelay) -> None:

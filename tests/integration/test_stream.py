@@ -133,6 +133,16 @@ def test_a_terminated_walsender_is_unavailable_and_says_why(every_world: World) 
             wait_until(broken, "an error")
 
 
+def test_a_stream_that_the_server_ended_unheard_is_given_up(every_world: World) -> None:
+    world = every_world
+    world.migrate()
+    with ReplicationStream(world.dsn) as stream:
+        stream.start(world.slot, "cdc_outbox")
+        assert not stream.is_given_up()
+        world.db.execute("SELECT pg_terminate_backend(%s)", [stream.connection.pgconn.backend_pid])
+        wait_until(stream.is_given_up, "the slot is free, though nothing was read")
+
+
 def test_a_large_row_comes_whole(every_world: World) -> None:
     world = every_world
     world.migrate()
