@@ -17,7 +17,7 @@ from cdc_outbox.relay.dead_letters import (
     DeadLetters,
     RedriveRequest,
 )
-from cdc_outbox.relay.router import Record, Router, RowPlan
+from cdc_outbox.relay.router import Record, Router
 from cdc_outbox.relay.watermark import Watermark
 
 #: A batch is closed at the first transaction end at which it has this many events, or at which a read ends.
@@ -58,7 +58,7 @@ class Pipeline:
         self._dead_letters = dead_letters
         self._wait_for_room = wait_for_room
         #: by an Insert's head; None for tables that hold no events
-        self._plans: dict[bytes, RowPlan | None] = {}
+        self._plans: dict[bytes, pgoutput.InsertFunction | None] = {}
         self._relations: dict[bytes, pgoutput.Relation] = {}
         self._read_request: dict[bytes, pgoutput.InsertReader] = {}
         self._commit_time_ms = 0
@@ -213,7 +213,8 @@ class Pipeline:
     def _introduce(self, relation: pgoutput.Relation) -> None:
         head = relation.insert_head
         self._relations[head] = relation
-        self._plans[head] = self._router.compile(relation)
+        plan = self._router.compile(relation)
+        self._plans[head] = plan.read if plan else None
         if (relation.namespace, relation.name) == REDRIVE_REQUESTS:
             self._read_request[head] = pgoutput.compile_insert_reader(relation, ["dead_letter_id", "topic", "key"])
 

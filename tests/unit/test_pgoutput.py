@@ -109,11 +109,22 @@ def test_what_was_inserted_is_read(row: list[bytes | None]) -> None:
     assert pgoutput.compile_insert_reader(TABLE, ["c", "a"])(frame) == (row[2], row[0])
 
 
+#: values of few lengths, some of which look like the head of another
+lookalikes = st.none() | st.sampled_from([b"", b"n", b"t", b"tt", b"t\0\0\0\1t"])
+
+
+@given(st.lists(st.lists(lookalikes, min_size=3, max_size=3), max_size=20))
+def test_rows_of_one_length_may_be_laid_out_differently(rows: list[list[bytes | None]]) -> None:
+    read = pgoutput.compile_insert_reader(TABLE, ["c", "a"])
+    assert [read(frames.insert(7, row)) for row in rows] == [(row[2], row[0]) for row in rows]
+
+
 @given(values, st.data())
 def test_an_insert_cut_short_or_with_something_behind_is_refused(row: list[bytes | None], data: st.DataObject) -> None:
     frame = frames.insert(7, row)
     cut = data.draw(st.integers(33, len(frame) - 1))
     read = pgoutput.compile_insert_reader(TABLE, ["a"])
+    read(frame)
     for wrong in (frame[:cut], frame + b"!"):
         with pytest.raises(MalformedStream):
             read(wrong)

@@ -198,6 +198,33 @@ def test_a_changed_table_gets_a_new_plan() -> None:
     assert [record[7][0] for record in publisher.taken] == [("id", b"e1"), ("id", b"e2")]
 
 
+def test_a_changed_table_of_the_same_shape_gets_a_new_plan() -> None:
+    publisher = FakePublisher()
+    pipeline = make(publisher)
+    swapped = frames.relation(7, "outbox", {"aggregate_type": 25, "id": 25, **dict(list(OUTBOX.items())[2:])})
+    row = frames.insert(7, [b"or", b"e2der", b"a", b"t", b"{}"])
+    pipeline.feed([RELATION, *transaction(10, event(1)), swapped, *transaction(20, row)])
+    assert [(record[0], record[7][0]) for record in publisher.taken] == [
+        ("outbox.order", ("id", b"e1")),
+        ("outbox.or", ("id", b"e2der")),
+    ]
+
+
+def test_rows_of_one_length_may_be_laid_out_differently() -> None:
+    publisher = FakePublisher()
+    rows: list[list[bytes | None]] = [
+        [b"e1", b"order", b"a", b"t", b"{}"],
+        [b"e", b"orders", b"aa", b"", b"{}"],
+        [b"e3", b"other", b"b", b"t", b"12"],
+    ]
+    make(publisher).feed([RELATION, *transaction(10, *(frames.insert(7, row) for row in rows))])
+    assert [(record[0], record[1], record[2]) for record in publisher.taken] == [
+        ("outbox.order", b"{}", b"a"),
+        ("outbox.orders", b"{}", b"aa"),
+        ("outbox.other", b"12", b"b"),
+    ]
+
+
 @pytest.mark.parametrize(
     "stream",
     [
@@ -223,6 +250,13 @@ def test_a_stream_that_breaks_the_protocol_is_refused(stream: list[bytes]) -> No
     with pytest.raises(MalformedStream):
         make(publisher).feed(stream)
     assert publisher.taken == []
+
+
+def test_an_event_between_transactions_is_refused_though_its_like_was_seen() -> None:
+    publisher = FakePublisher()
+    with pytest.raises(MalformedStream):
+        make(publisher).feed([RELATION, *transaction(10, event(1)), event(2)])
+    assert len(publisher.taken) == 1
 
 
 @given(st.lists(st.binary(max_size=60) | st.binary(max_size=60).map(frames.xlog_data), max_size=5))
