@@ -23,11 +23,10 @@ from cdc_outbox.postgres.frames import standby_status_update
 from cdc_outbox.postgres.lsn import LSN
 
 #: Text output must not depend on the server's settings (PostgreSQL's own apply worker does the same). The timeout
-#: bounds how long a frozen relay keeps a standby waiting. The last statement makes libpq's buffer 1 MB large, once:
-#: a read then fetches up to 4,500 messages over TCP instead of 37.
+#: bounds how long a frozen relay keeps a standby waiting.
 _SESSION: Final = b"""
 SET datestyle = 'ISO'; SET intervalstyle = 'postgres'; SET extra_float_digits = 3; SET timezone = 'UTC';
-SET bytea_output = 'hex'; SET wal_sender_timeout = '10s'; SELECT repeat(' ', 1048576)
+SET bytea_output = 'hex'; SET wal_sender_timeout = '10s'
 """
 
 _NOT_IN_PREREQUISITE_STATE: Final = "55000"
