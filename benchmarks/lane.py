@@ -23,6 +23,15 @@ from cdc_outbox.postgres.lsn import LSN
 PARTITIONS: Final = 6
 _NUMBER: Final = re.compile(rb'number\\?"\s*:\s*(\d+)')
 _READ_SECONDS: Final = 120.0
+#: What stands in a payload between its number and the x's that fill it up: an order, or less where that does not fit.
+_ORDER: Final = (
+    ', "customer": "c-0000012345", "total": 1234.56, "currency": "EUR", "lines": [{"sku": "ABC-0001-XYZ", "qty": 2,'
+    ' "price": 617.28}], "ship_to": {"name": "Jane Q. Public", "street": "1 Long Street Name", "city": "Springfield",'
+    ' "zip": "12345", "country": "US"}, "note": "'
+)
+_LESS: Final = ', "note": "'
+#: Bytes around it: brace, name, six digits, brace.
+_AROUND: Final = 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +83,8 @@ class Lane:
     def write(self, backlog: Backlog) -> None:
         """By the server itself."""
         self.db.execute(f"ALTER TABLE outbox ALTER payload TYPE {backlog.payload_type}".encode())
-        envelope = '{"number": , "customer": "c-0000012345", "currency": "EUR", "note": ""}'
-        filler = max(0, backlog.payload_bytes - len(envelope) - 6)
+        middle = _ORDER if len(_ORDER) + _AROUND <= backlog.payload_bytes else _LESS
+        middle += "x" * (backlog.payload_bytes - len(middle) - _AROUND)
         self.db.execute(
             f"""
             DO $$ DECLARE i int := 0; BEGIN WHILE i < {backlog.events} LOOP
@@ -83,8 +92,7 @@ class Lane:
                 SELECT '{self.name}',
                        lpad(to_hex((i + j) % {backlog.aggregates}), 8, '0') || '-7c1b-4f6e-9a55-3b1f0e8d2c11',
                        'OrderPlaced',
-                       ('{{"number": ' || (i + j) || ', "customer": "c-0000012345", "currency": "EUR", "note": "'
-                        || repeat('x', {filler}) || '"}}')::{backlog.payload_type}
+                       ('{{"number": ' || (i + j) || '{middle}"}}')::{backlog.payload_type}
                   FROM generate_series(0, {backlog.per_transaction - 1}) j;
                 COMMIT; i := i + {backlog.per_transaction};
             END LOOP; END $$
