@@ -8,9 +8,20 @@ import pytest
 from acceptance.conftest import StartRelay
 from support import command
 from support.waiting import wait_until
-from support.world import World
+from support.world import World, create_topic
 
-VERBS = ["migrate", "migrate up", "migrate status", "migrate sql", "run", "tail", "status", "config show", "demo"]
+VERBS = [
+    "migrate",
+    "migrate up",
+    "migrate status",
+    "migrate sql",
+    "run",
+    "tail",
+    "status",
+    "doctor",
+    "config show",
+    "demo",
+]
 VERBS += [f"dead-letters{verb}" for verb in ("", " list", " show", " redrive", " discard")]
 
 
@@ -31,7 +42,7 @@ def test_usage_errors(arguments: list[str]) -> None:
     assert command.run({}, *arguments).exit_code == 2
 
 
-@pytest.mark.parametrize("verb", ["run", "tail", "status", "migrate up", "config show"])
+@pytest.mark.parametrize("verb", ["run", "tail", "status", "doctor", "migrate up", "config show"])
 def test_without_a_configuration_the_missing_key_is_named(verb: str) -> None:
     done = command.run({}, *verb.split())
     assert done.exit_code == 2
@@ -141,3 +152,24 @@ def test_demo_interrupted_leaves_nothing(world: World) -> None:
     assert process.returncode == 4
     assert "error: interrupted" in err
     assert not world.db.execute(demo_slots).rowcount
+
+
+def test_doctor(world: World) -> None:
+    world.migrate()
+    create_topic(world.bootstrap_servers, f"outbox.{world.name}")
+    settings = {**world.environment, "CDC_OUTBOX_KAFKA__TOPIC": f"outbox.{world.name}"}
+    done = command.run(settings, "doctor")
+    assert done.exit_code == 0, done
+    assert "     ok  slot: " in done.out
+    assert "warning  role: postgres is a superuser" in done.out
+    assert " 0 failed" in done.out
+    world.db.execute("DROP PUBLICATION cdc_outbox")
+    without_broker = {key: value for key, value in settings.items() if "BOOTSTRAP" not in key}
+    assert command.run(without_broker, "doctor").exit_code == 2
+    done = command.run(settings, "doctor", "--json")
+    assert done.exit_code == 4
+    document = json.loads(done.out)
+    assert done.error == f"error: 1 of {len(document['findings'])} checks failed"
+    failed = [finding for finding in document["findings"] if finding["state"] == "failed"]
+    assert [finding["check"] for finding in failed] == ["publication"]
+    assert failed[0]["mend"] == "run: cdc-outbox migrate up"

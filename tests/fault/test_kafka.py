@@ -1,5 +1,6 @@
 """Kafka killed, frozen, out of reach, short of replicas, forgetful and forbidding while events flow."""
 
+import json
 import os
 import signal
 import time
@@ -21,6 +22,7 @@ from fault.mock_kafka import (
     mock_kafka,
 )
 from fault.stage import Stage, peak_rss_mb, read_to_the_end
+from support import command
 from support.waiting import wait_until
 from support.world import create_topic
 
@@ -170,6 +172,26 @@ def test_right_to_write_taken_away(stage: Stage) -> None:
         admin.create_acls([allowed])[allowed].result()
         stage.start_relay(**sasl(stage))
     stage.close("right to write taken away, given back")
+
+
+def test_the_doctor_names_the_right_that_is_missing(stage: Stage) -> None:
+    admin = AdminClient({"bootstrap.servers": stage.world.bootstrap_servers})
+    topics = (ResourceType.TOPIC, f"outbox.{stage.world.name}", ResourcePatternType.PREFIXED, f"User:{USER}", "*")
+    for operation in (AclOperation.DESCRIBE, AclOperation.DESCRIBE_CONFIGS):
+        allowed = AclBinding(*topics, operation, AclPermissionType.ALLOW)
+        admin.create_acls([allowed])[allowed].result()
+
+    def rights() -> dict[str, Any] | None:
+        done = command.run(stage.environment(**sasl(stage)), "doctor", "--json")
+        assert "Traceback" not in done.err
+        findings = json.loads(done.out)["findings"]
+        return next((finding for finding in findings if finding["check"] == "rights to write"), None)
+
+    seen = wait_until(rights, "the broker has taken in what may be described")
+    assert seen
+    assert seen["state"] == "failed"
+    assert f"outbox.{stage.world.name}" in seen["found"]
+    assert "--operation Write" in seen["mend"]
 
 
 def test_wrong_password(stage: Stage) -> None:

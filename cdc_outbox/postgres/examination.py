@@ -1,0 +1,288 @@
+"""The examination of PostgreSQL: server, publication, slot, role and connection, each as findings for the doctor.
+
+What `run` itself insists on lies in `catalog` and is asked there; here is what only people need to know. Reads system
+views; changes nothing.
+Source: PostgreSQL manual, "Replication" (settings), "pg_replication_slots", "pg_stat_replication", "Role Attributes".
+"""
+
+import time
+from typing import Any, Final
+
+from psycopg import sql
+
+from cdc_outbox.findings import Finding, Findings, looked_at
+from cdc_outbox.postgres import catalog
+from cdc_outbox.postgres.catalog import Table
+from cdc_outbox.postgres.connection import Connection, connect, translated
+
+_IDLE_TIMEOUT_SINCE: Final = 18
+_MOST_CLOCK_SECONDS: Final = 1.0
+#: What the relay needs in its own schema: table, and rights to it.
+_STATE_RIGHTS: Final = {"dead_letter": "SELECT, INSERT, UPDATE", "confirmation": "SELECT, INSERT, UPDATE"}
+
+
+def examine_server(connection: Connection, slot: str) -> Findings:
+    """Version, settings, and whether there is room for the slot and its walsender."""
+
+    def version() -> str:
+        catalog.check_server(connection)
+        return f"PostgreSQL {connection.info.parameter_status('server_version')}, wal_level logical"
+
+    yield looked_at("server", version)
+    rows = _rows(
+        connection,
+        "reading settings",
+        "SELECT name, setting FROM pg_settings WHERE name IN ('max_replication_slots', 'max_wal_senders',"
+        " 'max_slot_wal_keep_size', 'idle_replication_slot_timeout')",
+    )
+    settings = dict(rows)
+    yield _examine_slots(connection, slot, int(settings["max_replication_slots"]))
+    yield _examine_walsenders(connection, int(settings["max_wal_senders"]))
+    yield _examine_wal_limit(int(settings["max_slot_wal_keep_size"]))
+    if catalog.server_major(connection) >= _IDLE_TIMEOUT_SINCE:
+        yield _examine_idle_timeout(int(settings["idle_replication_slot_timeout"]))
+
+
+def _examine_slots(connection: Connection, slot: str, most: int) -> Finding:
+    used, is_there = _row(
+        connection,
+        "counting slots",
+        "SELECT count(*), coalesce(bool_or(slot_name = %s), false) FROM pg_replication_slots",
+        [slot],
+    )
+    found = f"{used} of {most} replication slots are used"
+    if used >= most and not is_there:
+        mend = f"ALTER SYSTEM SET max_replication_slots = {most + 4}, and restart PostgreSQL; or drop a slot"
+        return Finding("free slots", "failed", f"{found}, and {slot!r} is not among them", mend)
+    return Finding("free slots", "ok", found)
+
+
+def _examine_walsenders(connection: Connection, most: int) -> Finding:
+    (used,) = _row(connection, "counting walsenders", "SELECT count(*) FROM pg_stat_replication")
+    found = f"{used} of {most} walsenders are used"
+    if used >= most:  # a standby needs one of its own while it waits
+        return Finding(
+            "free walsenders", "failed", found, f"ALTER SYSTEM SET max_wal_senders = {most + 4}, and restart PostgreSQL"
+        )
+    return Finding("free walsenders", "ok", found)
+
+
+def _examine_wal_limit(megabytes: int) -> Finding:
+    if megabytes < 0:
+        return Finding(
+            "WAL kept for slots",
+            "warning",
+            "max_slot_wal_keep_size is unlimited: a slot that nobody reads fills the disk",
+            "ALTER SYSTEM SET max_slot_wal_keep_size = '50GB' (well below the disk's size); SELECT pg_reload_conf()",
+        )
+    return Finding("WAL kept for slots", "ok", f"at most {megabytes} MB (max_slot_wal_keep_size)")
+
+
+def _examine_idle_timeout(seconds: int) -> Finding:
+    if seconds:
+        return Finding(
+            "idle slots",
+            "warning",
+            f"idle_replication_slot_timeout is {seconds} s: a relay that is away for longer loses its slot, and events",
+            "ALTER SYSTEM SET idle_replication_slot_timeout = 0; SELECT pg_reload_conf()",
+        )
+    return Finding("idle slots", "ok", "are kept (idle_replication_slot_timeout is 0)")
+
+
+def examine_publication(connection: Connection, publication: str, table: Table, slot: str) -> Findings:
+    """What it publishes, and whether it may be younger than what the slot has yet to read."""
+    wasteful: list[str] = []
+
+    def publishes() -> str:
+        wasteful.extend(catalog.check_publication(connection, publication, table))
+        return f"{publication!r} publishes the inserts of {table}"
+
+    finding = looked_at("publication", publishes)
+    yield finding
+    name = sql.Identifier(publication).as_string()
+    for waste in wasteful:
+        yield Finding("publication", "warning", waste, f"ALTER PUBLICATION {name} SET (publish = 'insert')")
+    if finding.state == "ok":
+        yield from _examine_age(connection, publication, slot)
+
+
+def _examine_age(connection: Connection, publication: str, slot: str) -> Findings:
+    row = _rows(
+        connection,
+        "comparing publication and slot",
+        "SELECT age(slot.catalog_xmin) >= age(publication.xmin)"
+        " FROM pg_publication AS publication, pg_replication_slots AS slot WHERE pubname = %s AND slot_name = %s",
+        [publication, slot],
+    )
+    if row == [(True,)]:
+        yield Finding(
+            "publication's age",
+            "warning",
+            f"publication {publication!r} was made or altered after what slot {slot!r} still has to read; if it was "
+            "made anew, PostgreSQL does not send what lies between",
+            "let the slot catch up; if the relay ends with exit code 3, drop the slot and run: cdc-outbox migrate up",
+        )
+    elif row:
+        yield Finding("publication's age", "ok", "older than what the slot has yet to read")
+
+
+def examine_slot(connection: Connection, slot: str) -> Findings:
+    """Whether it can be streamed from, how it stands, and who holds it."""
+
+    def usable() -> str:
+        found = catalog.check_slot(connection, slot)
+        return (
+            f"{slot!r} is {found.wal_status}, confirmed to {found.confirmed_lsn}, held by {_holder(connection, slot)}"
+        )
+
+    finding = looked_at("slot", usable)
+    yield finding
+    if finding.state == "failed":
+        return
+    found = catalog.check_slot(connection, slot)
+    if found.wal_status == "unreserved":
+        yield Finding(
+            "slot's WAL",
+            "failed",
+            f"slot {slot!r} is unreserved: it is lost at the next checkpoint unless the relay catches up",
+            "start the relay now, or raise max_slot_wal_keep_size and SELECT pg_reload_conf()",
+        )
+    if found.failover is False and _standbys(connection):
+        yield Finding(
+            "slot's failover",
+            "warning",
+            f"there are standbys, but slot {slot!r} does not go with a failover",
+            "stop the relay, then on a connection with replication=database: "
+            f"ALTER_REPLICATION_SLOT {slot} (FAILOVER true)",
+        )
+
+
+def _holder(connection: Connection, slot: str) -> str:
+    rows = _rows(
+        connection,
+        "looking up who holds the slot",
+        "SELECT pid, coalesce(application_name, 'another role'), coalesce(host(client_addr), 'an address not shown')"
+        " FROM pg_stat_replication JOIN pg_replication_slots ON active_pid = pid WHERE slot_name = %s",
+        [slot],
+    )
+    return f"{rows[0][1]} from {rows[0][2]} (walsender {rows[0][0]})" if rows else "nobody"
+
+
+def _standbys(connection: Connection) -> int:
+    (count,) = _row(
+        connection,
+        "looking for standbys",
+        "SELECT count(*) FROM pg_stat_replication WHERE state IN ('catchup', 'streaming') AND pid NOT IN"
+        " (SELECT active_pid FROM pg_replication_slots WHERE slot_type = 'logical' AND active_pid IS NOT NULL)",
+    )
+    return int(count)
+
+
+def examine_role(connection: Connection, table: Table) -> Findings:
+    """What the role lacks, and what it has beyond its needs."""
+    name, is_superuser, can_replicate, more = _row(
+        connection,
+        "looking up the role",
+        "SELECT rolname, rolsuper, rolreplication, array_remove(ARRAY[CASE WHEN rolcreaterole THEN 'CREATEROLE' END,"
+        " CASE WHEN rolcreatedb THEN 'CREATEDB' END, CASE WHEN rolbypassrls THEN 'BYPASSRLS' END], NULL)"
+        " FROM pg_roles WHERE rolname = current_user",
+    )
+    quoted = sql.Identifier(name).as_string()
+    least = "let the relay connect as cdc_outbox_relay (sql/0004_roles.sql)"
+    if is_superuser:
+        yield Finding("role", "warning", f"{name} is a superuser: the relay needs REPLICATION only", least)
+        return
+    if not can_replicate:
+        yield Finding(
+            "role",
+            "warning",
+            f"{name} has not REPLICATION itself",
+            f"ALTER ROLE {quoted} REPLICATION (or as your provider says)",
+        )
+    else:
+        yield Finding("role", "ok", f"{name} has REPLICATION")
+    if more:
+        drop = " ".join(f"NO{attribute}" for attribute in more)
+        yield Finding("role's excess", "warning", f"{name} has {', '.join(more)}", f"ALTER ROLE {quoted} {drop}")
+    yield from _examine_rights(connection, quoted, table)
+
+
+def _examine_rights(connection: Connection, role: str, table: Table) -> Findings:
+    qualified = sql.Identifier(table.namespace, table.name).as_string()
+    (reads,) = _row(
+        connection,
+        "looking up rights to the outbox",
+        "SELECT has_table_privilege(c.oid, 'SELECT') FROM pg_class c JOIN pg_namespace n ON n.oid = relnamespace"
+        " WHERE nspname = %s AND relname = %s",
+        [table.namespace, table.name],
+    )
+    if reads:
+        found = f"{role} may SELECT from {table}, which the relay never does"
+        mend = f"REVOKE SELECT ON {qualified} FROM {role}"  # noqa: S608 - shown, not run
+        yield Finding("role's excess", "warning", found, mend)
+    if _row(connection, "looking up the schema", "SELECT to_regnamespace('cdc_outbox') IS NULL") == (True,):
+        found = "schema cdc_outbox is not there: no dead letters, and a gap in the stream goes unnoticed"
+        yield Finding("relay's schema", "failed", found, "cdc-outbox migrate up")
+        return
+    missing = [
+        f"GRANT USAGE ON SCHEMA cdc_outbox TO {role}; GRANT {rights} ON cdc_outbox.{name} TO {role}"
+        for name, rights in _STATE_RIGHTS.items()
+        if not _has_rights(connection, name, rights)
+    ]
+    if missing:
+        yield Finding("relay's schema", "failed", f"{role} cannot keep the relay's state", "; ".join(missing))
+    else:
+        yield Finding("relay's schema", "ok", f"{role} has the rights it needs in cdc_outbox")
+
+
+def _has_rights(connection: Connection, name: str, rights: str) -> bool:
+    query = (
+        "SELECT coalesce(has_schema_privilege(n.oid, 'USAGE') AND bool_and(has_table_privilege(c.oid, needed)), false)"
+        " FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid, unnest(string_to_array(%s, ', ')) AS needed"
+        " WHERE nspname = 'cdc_outbox' AND relname = %s GROUP BY n.oid"
+    )
+    return _rows(connection, "looking up rights in cdc_outbox", query, [rights, name]) == [(True,)]
+
+
+def examine_connection(connection: Connection, dsn: str) -> Findings:
+    """The way to the server: a pooler in it, the replication connection, the clocks."""
+    (backend_pid,) = _row(connection, "asking for the backend", "SELECT pg_backend_pid()")
+    if backend_pid != connection.info.backend_pid:
+        yield Finding(
+            "pooler",
+            "failed",
+            "something between us and PostgreSQL answers for it (the backend is another than it says)",
+            "let postgres.dsn name the server itself: a replication connection cannot be pooled",
+        )
+    else:
+        yield Finding("pooler", "ok", "none in the way")
+
+    def replication() -> str:
+        with connect(dsn, replication="database") as stream, translated("identifying the server"):
+            stream.execute("IDENTIFY_SYSTEM")
+        return "allowed (pg_hba.conf, REPLICATION)"
+
+    yield looked_at("replication connection", replication, mend="see pg_hba.conf and max_wal_senders on the server")
+    yield examine_clock(connection, time.time)
+
+
+def examine_clock(connection: Connection, now: Any) -> Finding:
+    """``now`` is our clock, Unix seconds. Latencies and the age of events are told from both."""
+    asked = now()
+    (theirs,) = _row(connection, "asking for the time", "SELECT extract(epoch FROM clock_timestamp())::float8")
+    answered = now()
+    apart = max(asked - theirs, theirs - answered, 0.0)
+    if apart > _MOST_CLOCK_SECONDS:
+        found = f"the server's clock and ours are {apart:.1f} s apart: latencies are wrong by as much"
+        return Finding("clocks", "warning", found, "let both machines follow a time server (chrony, systemd-timesyncd)")
+    return Finding("clocks", "ok", "agree within a second")
+
+
+def _rows(connection: Connection, what: str, query: str, parameters: list[Any] | None = None) -> list[tuple[Any, ...]]:
+    with translated(what):
+        return connection.execute(query.encode(), parameters).fetchall()
+
+
+def _row(connection: Connection, what: str, query: str, parameters: list[Any] | None = None) -> tuple[Any, ...]:
+    (row,) = _rows(connection, what, query, parameters)
+    return row

@@ -1,0 +1,73 @@
+"""The doctor: looks at everything `run` needs, one thing after another, and says how to mend what is wrong.
+
+It changes nothing. PostgreSQL's and Kafka's own examinations lie with them; here they are put together.
+"""
+
+from collections.abc import Callable
+from contextlib import closing
+
+from cdc_outbox.config import Config
+from cdc_outbox.errors import CdcOutboxError, PoisonEvent
+from cdc_outbox.findings import Finding, Findings, looked_at
+from cdc_outbox.kafka.examination import examine_broker
+from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.postgres import catalog
+from cdc_outbox.postgres.connection import Connection, connect
+from cdc_outbox.postgres.examination import (
+    examine_connection,
+    examine_publication,
+    examine_role,
+    examine_server,
+    examine_slot,
+)
+from cdc_outbox.relay.router import Outbox, TopicTemplate, check_columns
+
+
+def examine(config: Config) -> Findings:
+    """Raises ConfigurationError for settings that cannot be tried at all."""
+    topic = TopicTemplate(config.kafka.topic, config.kafka.topic_pattern)
+    dsn = config.postgres.dsn.get_secret_value()
+    publisher = Publisher(
+        config.kafka.require_bootstrap_servers(), config.kafka.producer, max_in_flight=config.relay.max_in_flight
+    )
+    try:
+        connection = connect(dsn)
+    except CdcOutboxError as error:
+        mend = error.hint or "check host and port in postgres.dsn, listen_addresses on the server, the network"
+        yield Finding("connection", "failed", error.message, mend)
+    else:
+        with closing(connection):
+            yield from examine_connection(connection, dsn)
+            yield from _examine_database(config, connection, topic)
+    with closing(publisher):
+        yield from examine_broker(publisher, _fits(topic), create=config.kafka.create_topics)
+
+
+def _examine_database(config: Config, connection: Connection, topic: TopicTemplate) -> Findings:
+    slot = config.postgres.slot
+    yield from examine_server(connection, slot)
+    table: catalog.Table | None = None
+
+    def fits() -> str:
+        nonlocal table
+        table = catalog.find_table(connection, config.outbox.table)
+        outbox = Outbox(table.namespace, table.name, config.outbox.columns.mapping())
+        check_columns(outbox, topic, table.columns)
+        return f"{outbox} has the columns that are wanted, of types that serve"
+
+    yield looked_at("outbox table", fits)
+    if table:
+        yield from examine_publication(connection, config.postgres.publication, table, slot)
+        yield from examine_role(connection, table)
+    yield from examine_slot(connection, slot)
+
+
+def _fits(topic: TopicTemplate) -> Callable[[str], bool]:
+    def fits(name: str) -> bool:
+        try:
+            topic.check(name)
+        except PoisonEvent:
+            return False
+        return True
+
+    return fits
