@@ -9,7 +9,6 @@ from confluent_kafka.admin._acl import AclOperation
 from confluent_kafka.admin._config import ConfigResource
 from confluent_kafka.admin._resource import ResourceType
 
-from cdc_outbox.errors import OperatorNeeded
 from cdc_outbox.findings import Finding, Findings, looked_at
 from cdc_outbox.kafka.publisher import MISSING_TOPIC_HINT, Publisher
 
@@ -53,7 +52,6 @@ def _examine_topics(admin: AdminClient, topics: list[str]) -> Findings:
     described = {name: future.result() for name, future in futures.items()}
     counts = {name: len(topic.partitions) for name, topic in described.items()}
     single = [name for name, count in counts.items() if count == 1]
-    found = f"{_named(topics)}: {min(counts.values())} to {max(counts.values())} partitions"
     if single:
         yield Finding(
             "topics",
@@ -62,6 +60,7 @@ def _examine_topics(admin: AdminClient, topics: list[str]) -> Findings:
             "kafka-topics.sh --alter --topic ... --partitions N, while nothing is in flight: keys move",
         )
     else:
+        found = f"{_named(topics)}: {min(counts.values())} to {max(counts.values())} partitions"
         yield Finding("topics", "ok", found)
     shut = [name for name, topic in described.items() if not _may_write(topic.authorized_operations)]
     if shut:
@@ -83,18 +82,16 @@ def _examine_settings(admin: AdminClient, topics: list[str], client: dict[str, A
         resource.name: {key: entry.value for key, entry in future.result().items()}
         for resource, future in futures.items()
     }
-
-    def replicas() -> str:
-        few = [name for name, of in settings.items() if int(of["min.insync.replicas"]) < _SAFE_REPLICAS]
-        if few:
-            raise OperatorNeeded(
-                f"{_named(few)}: an acknowledged event may be on one broker only, and be lost with it",
-                hint="three replicas, and kafka-configs.sh --alter --topic ... --add-config min.insync.replicas=2",
-            )
-        return f"min.insync.replicas is {_SAFE_REPLICAS} or more"
-
-    finding = looked_at("replicas", replicas)
-    yield finding if finding.state == "ok" else Finding("replicas", "warning", finding.found, finding.mend)
+    few = [name for name, of in settings.items() if int(of["min.insync.replicas"]) < _SAFE_REPLICAS]
+    if few:
+        yield Finding(
+            "replicas",
+            "warning",
+            f"{_named(few)}: an acknowledged event may be on one broker only, and be lost with it",
+            "three replicas, and kafka-configs.sh --alter --topic ... --add-config min.insync.replicas=2",
+        )
+    else:
+        yield Finding("replicas", "ok", f"min.insync.replicas is {_SAFE_REPLICAS} or more")
     for key, default in _CLIENT_BYTES.items():
         sent = int(client.get(key, default))
         small = [name for name, of in settings.items() if int(of["max.message.bytes"]) < sent]

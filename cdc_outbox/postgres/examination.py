@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from psycopg import sql
 
+from cdc_outbox.errors import CdcOutboxError
 from cdc_outbox.findings import Finding, Findings, looked_at
 from cdc_outbox.postgres import catalog
 from cdc_outbox.postgres.catalog import Table
@@ -128,18 +129,13 @@ def _examine_age(connection: Connection, publication: str, slot: str) -> Finding
 
 def examine_slot(connection: Connection, slot: str) -> Findings:
     """Whether it can be streamed from, how it stands, and who holds it."""
-
-    def usable() -> str:
+    try:
         found = catalog.check_slot(connection, slot)
-        return (
-            f"{slot!r} is {found.wal_status}, confirmed to {found.confirmed_lsn}, held by {_holder(connection, slot)}"
-        )
-
-    finding = looked_at("slot", usable)
-    yield finding
-    if finding.state == "failed":
+    except CdcOutboxError as error:
+        yield Finding("slot", "failed", error.message, error.hint)
         return
-    found = catalog.check_slot(connection, slot)
+    stands = f"{slot!r} is {found.wal_status}, confirmed to {found.confirmed_lsn}"
+    yield Finding("slot", "ok", f"{stands}, held by {_holder(connection, slot)}")
     if found.wal_status == "unreserved":
         yield Finding(
             "slot's WAL",

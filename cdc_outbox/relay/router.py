@@ -109,9 +109,13 @@ class TopicTemplate:
         self.check(topic)
         return topic
 
+    def allows(self, topic: str) -> bool:
+        """Whether data may name it."""
+        return len(topic) <= _LONGEST_TOPIC and self._pattern.fullmatch(topic) is not None
+
     def check(self, topic: str) -> None:
         """Raises PoisonEvent unless ``topic`` is one that data may name."""
-        if len(topic) > _LONGEST_TOPIC or not self._pattern.fullmatch(topic):
+        if not self.allows(topic):
             raise PoisonEvent(
                 f"topic {topic[:_LONGEST_TOPIC]!r} does not match {self._pattern.pattern!r}",
                 reason="topic_not_allowed",

@@ -3,11 +3,10 @@
 It changes nothing. PostgreSQL's and Kafka's own examinations lie with them; here they are put together.
 """
 
-from collections.abc import Callable
 from contextlib import closing
 
 from cdc_outbox.config import Config
-from cdc_outbox.errors import CdcOutboxError, PoisonEvent
+from cdc_outbox.errors import CdcOutboxError
 from cdc_outbox.findings import Finding, Findings, looked_at
 from cdc_outbox.kafka.examination import examine_broker
 from cdc_outbox.kafka.publisher import Publisher
@@ -40,7 +39,7 @@ def examine(config: Config) -> Findings:
             yield from examine_connection(connection, dsn)
             yield from _examine_database(config, connection, topic)
     with closing(publisher):
-        yield from examine_broker(publisher, _fits(topic), create=config.kafka.create_topics)
+        yield from examine_broker(publisher, topic.allows, create=config.kafka.create_topics)
 
 
 def _examine_database(config: Config, connection: Connection, topic: TopicTemplate) -> Findings:
@@ -60,14 +59,3 @@ def _examine_database(config: Config, connection: Connection, topic: TopicTempla
         yield from examine_publication(connection, config.postgres.publication, table, slot)
         yield from examine_role(connection, table)
     yield from examine_slot(connection, slot)
-
-
-def _fits(topic: TopicTemplate) -> Callable[[str], bool]:
-    def fits(name: str) -> bool:
-        try:
-            topic.check(name)
-        except PoisonEvent:
-            return False
-        return True
-
-    return fits
