@@ -23,6 +23,7 @@ _VERBS: Final = {
     "tail": "Print events as they commit; confirms nothing on the real slot.",
     "status": "Show slot, lag, readiness and last errors.",
     "doctor": "Check everything `run` needs, and say how to mend what is wrong.",
+    "prune": "Delete rows of the outbox that are known to be published.",
     "dead-letters": "List, show, redrive or discard events that could not be published.",
     "config": "Show the configuration that is in force.",
     "demo": "Show it all on this machine: PostgreSQL, Kafka, a writer, the relay, a verdict.",

@@ -66,4 +66,5 @@ def _connection(config: Config) -> Connection:
 
 
 def _target(config: Config) -> migrations.Target:
-    return migrations.Target(config.outbox.table, config.postgres.publication, config.postgres.slot)
+    postgres, outbox = config.postgres, config.outbox
+    return migrations.Target(outbox.table, postgres.publication, postgres.slot, outbox.columns)

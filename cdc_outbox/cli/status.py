@@ -1,6 +1,7 @@
 """`cdc-outbox status`: what PostgreSQL says of the slot, and what the running relay says of itself."""
 
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Any, Final
 
 import click
@@ -9,11 +10,13 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
 
+from cdc_outbox.cli.duration import Duration
 from cdc_outbox.cli.main import Settings
 from cdc_outbox.config import Config
-from cdc_outbox.postgres.catalog import Slot, check_slot
+from cdc_outbox.postgres.catalog import Slot, check_slot, find_table
 from cdc_outbox.postgres.connection import connect
 from cdc_outbox.postgres.dead_letters import count_waiting
+from cdc_outbox.postgres.settlement import StuckRow, stuck_rows
 from cdc_outbox.service.http import ask_readyz
 
 _TIMEOUT_SECONDS: Final = 2.0
@@ -21,13 +24,18 @@ _TIMEOUT_SECONDS: Final = 2.0
 
 @click.command()
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
+@click.option("--stuck", "patience", type=Duration(), help="List rows committed so long ago and not yet published.")
 @click.pass_obj
-def command(settings: Settings, *, as_json: bool) -> None:
+def command(settings: Settings, *, as_json: bool, patience: timedelta | None) -> None:
     """Show slot, lag, readiness and last errors.
 
-    The slot's figures come from PostgreSQL, readiness and errors from the relay's /readyz at http.listen.
+    The slot's figures come from PostgreSQL, readiness and errors from the relay's /readyz at http.listen. --stuck reads
+    the outbox: it needs a role with SELECT on it, which the relay's own does not have.
     """
     config = settings.config
+    if patience is not None:
+        _show_stuck(config, patience, as_json=as_json)
+        return
     with connect(config.postgres.dsn.get_secret_value()) as connection:
         slot = check_slot(connection, config.postgres.slot)
         waiting = count_waiting(connection)
@@ -37,6 +45,30 @@ def command(settings: Settings, *, as_json: bool) -> None:
         click.echo(orjson.dumps({"slot": shown, "relay": relay, "dead_letters": waiting}))
     else:
         _show(slot, relay, waiting, config)
+
+
+def _show_stuck(config: Config, patience: timedelta, *, as_json: bool) -> None:
+    with connect(config.postgres.dsn.get_secret_value()) as connection:
+        table = find_table(connection, config.outbox.table)
+        count, rows = stuck_rows(
+            connection, table, config.outbox.columns, config.postgres.slot, seconds=patience.total_seconds()
+        )
+    if as_json:
+        click.echo(orjson.dumps({"stuck": count, "rows": rows}))
+    elif not count:
+        click.echo("nothing is stuck")
+    else:
+        _show_stuck_rows(count, rows)
+
+
+def _show_stuck_rows(count: int, rows: list[StuckRow]) -> None:
+    table = Table("outbox id", "aggregate", "event type", "age")
+    for row in rows:
+        age = "?" if row.seconds is None else str(timedelta(seconds=int(row.seconds)))
+        table.add_row(row.outbox_id, row.aggregate_id, row.event_type, age)
+    Console().print(table)
+    more = f" (the oldest {len(rows)} are shown)" if count > len(rows) else ""
+    click.echo(f"{count} stuck{more}")
 
 
 def _show(slot: Slot, relay: dict[str, Any] | None, waiting: int | None, config: Config) -> None:

@@ -19,7 +19,11 @@ from cdc_outbox.postgres.connection import Connection, connect, translated
 _IDLE_TIMEOUT_SINCE: Final = 18
 _MOST_CLOCK_SECONDS: Final = 1.0
 #: What the relay needs in its own schema: table, and rights to it.
-_STATE_RIGHTS: Final = {"dead_letter": "SELECT, INSERT, UPDATE", "confirmation": "SELECT, INSERT, UPDATE"}
+_STATE_RIGHTS: Final = {
+    "dead_letter": "SELECT, INSERT, UPDATE",
+    "confirmation": "SELECT, INSERT, UPDATE",
+    "settled": "SELECT, INSERT, DELETE",
+}
 
 
 def examine_server(connection: Connection, slot: str) -> Findings:

@@ -9,7 +9,7 @@ import hashlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import Final, Literal
 import psycopg
 from psycopg import sql
 
+from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.errors import OperatorNeeded
 from cdc_outbox.postgres.catalog import (
     check_publication,
@@ -28,6 +29,7 @@ from cdc_outbox.postgres.catalog import (
     find_table,
 )
 from cdc_outbox.postgres.connection import Connection, translated
+from cdc_outbox.postgres.settlement import begin_sql
 
 #: Any number, as long as every cdc-outbox uses the same one: 'cdcob' in ASCII.
 _ADVISORY_LOCK: Final = 0x6364636F62
@@ -47,6 +49,7 @@ class Target:
     table: str
     publication: str
     slot: str
+    columns: ColumnsConfig = field(default_factory=ColumnsConfig)
 
     def settings(self) -> Mapping[str, str]:
         table = self.table.replace('"', "")
@@ -132,8 +135,9 @@ def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step
         steps.append(Step(f"add cdc_outbox.redrive_request to publication {target.publication}", script))
     if slot is None:
         script = create_slot_sql(connection, target.slot, failover=failover)
-        steps.append(Step(f"create slot {target.slot} (waits for open transactions to end)", script))
-    return steps
+        begin = begin_sql(target.slot).as_string(connection)
+        steps.append(Step(f"create slot {target.slot} (waits for open transactions to end)", f"{script}\n{begin};"))
+    return steps + _view_steps(connection, target, table_is_made=_TABLE_FILE in made)
 
 
 def up(connection: Connection, target: Target, *, failover: bool, report: Report) -> None:
@@ -162,6 +166,29 @@ def _pending(connection: Connection, target: Target) -> list[Migration]:
                 hint="restore the file; a new change belongs into a new file",
             )
     return [migration for migration, stand in zip(migrations, stands, strict=True) if stand.state == "pending"]
+
+
+def _view_steps(connection: Connection, target: Target, *, table_is_made: bool) -> list[Step]:
+    """The view of this outbox and slot, unless it is there. Raises OperatorNeeded if a column is missing."""
+    columns = [target.columns.id, target.columns.aggregate_id, target.columns.event_type]
+    if table_is_made:
+        name = sql.Identifier("public", "outbox").as_string(connection)
+    else:
+        table = find_table(connection, target.table)
+        name = sql.Identifier(table.namespace, table.name).as_string(connection)
+        for column in columns:
+            if column not in table.columns:
+                raise OperatorNeeded(f"table {table} has no column {column!r}", hint="map yours with outbox.columns")
+    listed = ", ".join(columns)
+    described = f"Which events are known to be published: {name} ({listed}) through slot {target.slot}"
+    with translated("looking up view cdc_outbox.event_status"):
+        row = connection.execute(
+            "SELECT obj_description(to_regclass('cdc_outbox.event_status'), 'pg_class')"
+        ).fetchone()
+    if row == (described,):
+        return []
+    call = sql.SQL("CALL cdc_outbox.make_event_status({}, {}, {}, {}, {});").format(name, target.slot, *columns)
+    return [Step("make view cdc_outbox.event_status", call.as_string(connection))]
 
 
 def _publication_script(connection: Connection, target: Target, *, table_is_made: bool) -> str:

@@ -1,4 +1,4 @@
-"""The relay's state in schema cdc_outbox, for one session: dead letters, and the note of what may be confirmed.
+"""The relay's state in schema cdc_outbox, for one session: dead letters, and notes of what is and may be confirmed.
 
 Over a connection of its own, from the session's thread, and synchronously: an event is settled when its dead letter is
 committed, and nothing is confirmed beyond what was noted. If the connection breaks, the session ends and starts anew.
@@ -18,6 +18,7 @@ from cdc_outbox.postgres import dead_letters
 from cdc_outbox.postgres.connection import Connection
 from cdc_outbox.postgres.continuity import HEADROOM_BYTES, Continuity
 from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.postgres.settlement import Settlement
 from cdc_outbox.relay.dead_letters import DeadLetter, DeadLetters, RedriveRequest
 from cdc_outbox.relay.router import Headers, Record
 from cdc_outbox.service.logs import get_logger
@@ -75,6 +76,7 @@ class RelayState:
         self._slot = slot
         self._on_poison = on_poison
         self._log = get_logger()
+        self._settlement = Settlement(connection, slot, continuity.system_identifier, confirmed=confirmed)
         self._noted_at = time.monotonic()
         #: events were confirmed since
         self._unnoted = False
@@ -151,13 +153,20 @@ class RelayState:
         if not lsn:  # nothing was settled yet: the server takes no notice of it
             return
         self._unnoted |= carried
+        self._settlement.settled(lsn)
         now = time.monotonic()
         if last:
             self._continuity.note(self._connection, lsn, limit=lsn)
-        elif lsn > self._continuity.limit or (self._unnoted and now - self._noted_at >= _NOTE_EVERY_SECONDS):
+        elif lsn > self._continuity.limit or (self._has_news and now - self._noted_at >= _NOTE_EVERY_SECONDS):
+            # The snapshot first: on an idle server it is this note's commit that takes the log past it.
+            self._settlement.take()
             self._continuity.note(self._connection, lsn, limit=LSN(lsn + HEADROOM_BYTES))
             self._noted_at, self._unnoted = now, False
         self._continuity.confirmed(lsn)
+
+    @property
+    def _has_news(self) -> bool:
+        return self._unnoted or self._settlement.is_wanted
 
 
 def stopped_by(letter: DeadLetter) -> PoisonEvent:

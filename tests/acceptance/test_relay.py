@@ -141,7 +141,7 @@ def test_a_debezium_style_table_by_configuration_alone(world: World, start_relay
         "CREATE TABLE app.outboxevent (id uuid PRIMARY KEY, aggregatetype varchar(255) NOT NULL,"
         " aggregateid varchar(255) NOT NULL, type varchar(255) NOT NULL, payload jsonb)"
     )
-    world.migrate(table="app.outboxevent", publication="app_events")
+    world.migrate(table="app.outboxevent", publication="app_events", aggregate_id="aggregateid", event_type="type")
     aggregate_type = world.create_topic()
     start_relay(
         CDC_OUTBOX_OUTBOX__TABLE="app.outboxevent",

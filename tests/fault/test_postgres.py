@@ -13,6 +13,7 @@ from cdc_outbox.demo.stack import running, server_folder
 from cdc_outbox.postgres import migrations
 from cdc_outbox.postgres.connection import connect
 from fault.stage import Stage, peak_rss_mb, reconnected
+from support import command
 from support.waiting import wait_until
 
 
@@ -38,6 +39,32 @@ def test_server_stopped_and_started(stage: Stage, mode: str) -> None:
             stage.servers.postgres.stop(mode)  # type: ignore[arg-type]
             stage.servers.postgres.start()
     stage.close(f"server stopped {mode}, started", max_duplicates=0 if mode == "fast" else None)
+
+
+def test_nothing_unpublished_is_pruned(stage: Stage) -> None:
+    """Relay killed in mid-flight, then the server, so that the slot steps back; then everything that is known goes."""
+    pruned: set[str] = set()
+    writer = stage.start_writer(seed=26)
+    for _ in range(3):
+        with stage.incident():
+            relay = stage.start_relay()
+            stage.wait_for_events(600)
+            stage.kill(relay)
+            stage.wait_for_events(200)
+            stage.servers.postgres.stop("immediate")
+            stage.servers.postgres.start()
+            stage.world.db = reconnected(stage.world)
+            seen = {event.id for event in list(writer.ledger.committed)}
+            said = command.run(stage.world.environment, "prune", "--older-than", "0s").out
+            left = {str(name) for (name,) in stage.world.db.execute("SELECT id FROM outbox")}
+            settled = {record.event_id for record in stage.records()} | set(stage.dead_letters())
+            pruned |= seen - left
+            assert pruned, said
+            assert pruned <= settled
+            stage.start_relay()
+        stage.kill(stage.relays[0])
+    stage.start_relay()
+    stage.close("relay killed, server crashed, table pruned")
 
 
 def test_server_stopped_fast_while_the_broker_is_away(stage: Stage) -> None:

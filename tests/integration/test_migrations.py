@@ -7,6 +7,7 @@ import psycopg
 import pytest
 from psycopg import conninfo, sql
 
+from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.errors import ConfigurationError, OperatorNeeded
 from cdc_outbox.postgres import catalog, migrations
 from cdc_outbox.postgres.connection import connect
@@ -17,8 +18,8 @@ from support.world import World
 FILES = len(migrations.load_migrations())
 
 
-def target(world: World, *, table: str = "public.outbox", publication: str = "cdc_outbox") -> Target:
-    return Target(table, publication, world.slot)
+def target(world: World, *, table: str = "public.outbox", publication: str = "cdc_outbox", **columns: str) -> Target:
+    return Target(table, publication, world.slot, ColumnsConfig(**columns))
 
 
 def up(world: World, wanted: Target | None = None, *, failover: bool = False) -> list[str]:
@@ -37,7 +38,7 @@ def test_up_installs_everything_once(every_world: World) -> None:
     world = every_world
     assert states(world) == ["pending"] * FILES
     steps = up(world)
-    assert [step.split()[0] for step in steps] == ["apply"] * FILES + ["create"]
+    assert [step.split()[0] for step in steps] == ["apply"] * FILES + ["create", "make"]
     assert states(world) == ["applied"] * FILES
     assert up(world) == []
     slot = catalog.find_slot(world.db, world.slot)
@@ -92,7 +93,7 @@ def test_concurrent_ups_wait_for_each_other(every_world: World) -> None:
     for thread in threads:
         thread.join()
     assert errors == []
-    assert sorted(map(len, done)) == [0, 0, 0, FILES + 1]
+    assert sorted(map(len, done)) == [0, 0, 0, FILES + 2]
 
 
 def test_a_file_changed_after_it_was_applied_is_refused(every_world: World) -> None:
@@ -118,10 +119,14 @@ def test_sql_prints_what_up_would_run(every_world: World) -> None:
 def test_an_existing_table_by_configuration_alone(every_world: World) -> None:
     world = every_world
     world.db.execute('CREATE SCHEMA "App"')
-    world.db.execute('CREATE TABLE "App".outboxevent (id uuid, aggregatetype text, aggregateid text)')
-    wanted = target(world, table='"App".outboxevent', publication="App events")
+    world.db.execute('CREATE TABLE "App".outboxevent (id uuid, aggregatetype text, aggregateid text, type text)')
+    with pytest.raises(OperatorNeeded, match=r"table App\.outboxevent has no column 'aggregate_id'"):
+        up(world, target(world, table='"App".outboxevent', publication="App events"))
+    wanted = target(
+        world, table='"App".outboxevent', publication="App events", aggregate_id="aggregateid", event_type="type"
+    )
     steps = up(world, wanted)
-    assert [step.split()[0] for step in steps] == [*["apply"] * (FILES - 2), "create", "create"]
+    assert [step.split()[0] for step in steps] == [*["apply"] * (FILES - 2), "create", "create", "make"]
     assert states(world, wanted) == ["applied", "not needed", "not needed", *["applied"] * (FILES - 3)]
     assert world.db.execute("SELECT to_regclass('public.outbox')").fetchone() == (None,)
     table = catalog.find_table(world.db, '"App".outboxevent')
@@ -132,7 +137,7 @@ def test_an_existing_table_by_configuration_alone(every_world: World) -> None:
 def test_a_publication_of_another_name(every_world: World) -> None:
     world = every_world
     wanted = target(world, table="outbox", publication="Other")
-    assert [step.split()[0] for step in up(world, wanted)] == ["apply"] * (FILES - 1) + ["create"] * 2
+    assert [step.split()[0] for step in up(world, wanted)] == ["apply"] * (FILES - 1) + ["create"] * 2 + ["make"]
     assert states(world, wanted) == ["applied", "applied", "not needed", *["applied"] * (FILES - 3)]
     assert catalog.check_publication(world.db, "Other", catalog.find_table(world.db, "outbox")) == []
     assert up(world, wanted) == []

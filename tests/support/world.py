@@ -14,6 +14,7 @@ from confluent_kafka.admin._resource import ResourceType
 from confluent_kafka.cimpl import NewTopic
 from psycopg import conninfo, sql
 
+from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.postgres import migrations
 from cdc_outbox.postgres.connection import connect
 from cdc_outbox.postgres.lsn import LSN
@@ -46,9 +47,9 @@ class World:
             **self.settings,
         }
 
-    def migrate(self, *, table: str = "public.outbox", publication: str = "cdc_outbox") -> None:
+    def migrate(self, *, table: str = "public.outbox", publication: str = "cdc_outbox", **columns: str) -> None:
         with connect(self.dsn) as connection:
-            target = migrations.Target(table, publication, self.slot)
+            target = migrations.Target(table, publication, self.slot, ColumnsConfig(**columns))
             migrations.up(connection, target, failover=False, report=lambda _: None)
 
     def create_topic(self, name: str = "", *, partitions: int = PARTITIONS) -> str:

@@ -1,0 +1,22 @@
+"""A length of time on the command line, as people write it: 90s, 15m, 12h, 7d."""
+
+import re
+from datetime import timedelta
+from typing import Any, Final
+
+import click
+
+_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+_FORM: Final = re.compile(r"(\d{1,9})([smhd])", re.ASCII)
+
+
+class Duration(click.ParamType[timedelta]):
+    name = "duration"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+        if isinstance(value, timedelta):
+            return value
+        matched = _FORM.fullmatch(value)
+        if matched is None:
+            self.fail(f"{value!r} is not a length of time; write a number and s, m, h or d, e.g. 90s or 7d", param, ctx)
+        return timedelta(**{_UNITS[matched[2]]: int(matched[1])})
