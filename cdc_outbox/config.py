@@ -95,6 +95,12 @@ class RelayConfig(_Section):
     on_poison: OnPoison = "stop"
 
 
+class CanaryConfig(_Section):
+    #: 0: never
+    every_seconds: float = Field(default=0, ge=0, le=3600)
+    topic: str = Field(default="cdc-outbox.canary", pattern=r"^[A-Za-z0-9._-]{1,249}$")
+
+
 class HttpConfig(_Section):
     listen: str = "127.0.0.1:9646"
 
@@ -127,6 +133,7 @@ class Config(BaseSettings):
     kafka: KafkaConfig = KafkaConfig()
     outbox: OutboxConfig = OutboxConfig()
     relay: RelayConfig = RelayConfig()
+    canary: CanaryConfig = CanaryConfig()
     http: HttpConfig = HttpConfig()
     service: ServiceConfig = ServiceConfig()
 

@@ -43,7 +43,7 @@ def command(settings: Settings, *, as_json: bool) -> None:
             stream.start(slot, config.postgres.publication)
             metrics = Metrics()
             printer = _Printer(as_json=as_json)
-            Session(stream, printer, router, Stateless(), shutdown, Health(slot, metrics), metrics).run()
+            Session(stream, printer, [router], Stateless(), shutdown, Health(slot, metrics), metrics).run()
     except BrokenPipeError:  # `tail | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -56,6 +56,7 @@ _NEEDS_OPERATOR: Final = {
     "42704": MIGRATE_HINT,
     "42P01": MIGRATE_HINT,
     "3F000": MIGRATE_HINT,
+    "55P03": "a lock is held too long; look for long transactions in pg_stat_activity",
     "55000": "look at pg_replication_slots (wal_status, invalidation_reason); a lost slot must be made anew",
     "53400": "raise max_replication_slots on the server",
 }

@@ -23,6 +23,7 @@ _STATE_RIGHTS: Final = {
     "dead_letter": "SELECT, INSERT, UPDATE",
     "confirmation": "SELECT, INSERT, UPDATE",
     "settled": "SELECT, INSERT, DELETE",
+    "canary": "SELECT, INSERT, DELETE",
 }
 
 
@@ -191,6 +192,7 @@ def examine_role(connection: Connection, table: Table) -> Findings:
     least = "let the relay connect as cdc_outbox_relay (sql/0004_roles.sql)"
     if is_superuser:
         yield Finding("role", "warning", f"{name} is a superuser: the relay needs REPLICATION only", least)
+        yield _examine_schema(connection, quoted)
         return
     if not can_replicate:
         yield Finding(
@@ -204,10 +206,11 @@ def examine_role(connection: Connection, table: Table) -> Findings:
     if more:
         drop = " ".join(f"NO{attribute}" for attribute in more)
         yield Finding("role's excess", "warning", f"{name} has {', '.join(more)}", f"ALTER ROLE {quoted} {drop}")
-    yield from _examine_rights(connection, quoted, table)
+    yield from _examine_reading(connection, quoted, table)
+    yield _examine_schema(connection, quoted)
 
 
-def _examine_rights(connection: Connection, role: str, table: Table) -> Findings:
+def _examine_reading(connection: Connection, role: str, table: Table) -> Findings:
     qualified = sql.Identifier(table.namespace, table.name).as_string()
     (reads,) = _row(
         connection,
@@ -220,28 +223,35 @@ def _examine_rights(connection: Connection, role: str, table: Table) -> Findings
         found = f"{role} may SELECT from {table}, which the relay never does"
         mend = f"REVOKE SELECT ON {qualified} FROM {role}"  # noqa: S608 - shown, not run
         yield Finding("role's excess", "warning", found, mend)
-    if _row(connection, "looking up the schema", "SELECT to_regnamespace('cdc_outbox') IS NULL") == (True,):
-        found = "schema cdc_outbox is not there: no dead letters, and a gap in the stream goes unnoticed"
-        yield Finding("relay's schema", "failed", found, "cdc-outbox migrate up")
-        return
-    missing = [
-        f"GRANT USAGE ON SCHEMA cdc_outbox TO {role}; GRANT {rights} ON cdc_outbox.{name} TO {role}"
-        for name, rights in _STATE_RIGHTS.items()
-        if not _has_rights(connection, name, rights)
+
+
+def _examine_schema(connection: Connection, role: str) -> Finding:
+    """The relay's own tables: there, and the role's to use."""
+    check = "relay's schema"
+    rights = {name: _has_rights(connection, name, wanted) for name, wanted in _STATE_RIGHTS.items()}
+    absent = [name for name, has in rights.items() if has is None]
+    if absent:
+        found = f"cdc_outbox has no table {', '.join(absent)}: the relay cannot keep its state there"
+        return Finding(check, "failed", found, "cdc-outbox migrate up")
+    refused = [
+        f"GRANT USAGE ON SCHEMA cdc_outbox TO {role}; GRANT {_STATE_RIGHTS[name]} ON cdc_outbox.{name} TO {role}"
+        for name, has in rights.items()
+        if not has
     ]
-    if missing:
-        yield Finding("relay's schema", "failed", f"{role} cannot keep the relay's state", "; ".join(missing))
-    else:
-        yield Finding("relay's schema", "ok", f"{role} has the rights it needs in cdc_outbox")
+    if refused:
+        return Finding(check, "failed", f"{role} cannot keep the relay's state", "; ".join(refused))
+    return Finding(check, "ok", f"{role} has the rights it needs in cdc_outbox")
 
 
-def _has_rights(connection: Connection, name: str, rights: str) -> bool:
+def _has_rights(connection: Connection, name: str, rights: str) -> bool | None:
+    """To a table of cdc_outbox; None if it is not there."""
     query = (
-        "SELECT coalesce(has_schema_privilege(n.oid, 'USAGE') AND bool_and(has_table_privilege(c.oid, needed)), false)"
+        "SELECT has_schema_privilege(n.oid, 'USAGE') AND bool_and(has_table_privilege(c.oid, needed))"
         " FROM pg_namespace n JOIN pg_class c ON c.relnamespace = n.oid, unnest(string_to_array(%s, ', ')) AS needed"
         " WHERE nspname = 'cdc_outbox' AND relname = %s GROUP BY n.oid"
     )
-    return _rows(connection, "looking up rights in cdc_outbox", query, [rights, name]) == [(True,)]
+    rows = _rows(connection, "looking up rights in cdc_outbox", query, [rights, name])
+    return bool(rows[0][0]) if rows else None
 
 
 def examine_connection(connection: Connection, dsn: str) -> Findings:

@@ -35,7 +35,8 @@ from cdc_outbox.postgres.settlement import begin_sql
 _ADVISORY_LOCK: Final = 0x6364636F62
 _TABLE_FILE: Final = "0002_outbox_table.sql"
 _PUBLICATION_FILE: Final = "0003_publication.sql"
-_DEAD_LETTERS_FILE: Final = "0005_dead_letters.sql"
+#: Tables of ours whose inserts the relay hears of, and the file that makes each and adds it to the default publication.
+_HEARD_TABLES: Final = {"redrive_request": "0005_dead_letters.sql", "canary": "0008_canary.sql"}
 _CONDITION: Final = re.compile(r"-- cdc-outbox: only if (.+)")
 
 State = Literal["applied", "pending", "changed", "not needed"]
@@ -113,14 +114,8 @@ def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step
     steps = [Step(f"apply {migration.name}", _script(connection, migration)) for migration in pending]
     slot = find_slot(connection, target.slot)
     made = {migration.name for migration in pending}
-    with translated("looking up the publication"):
-        publication = connection.execute(
-            "SELECT puballtables OR EXISTS (SELECT FROM pg_publication_tables WHERE pubname = %(publication)s"
-            " AND schemaname = 'cdc_outbox' AND tablename = 'redrive_request')"
-            " FROM pg_publication WHERE pubname = %(publication)s",
-            {"publication": target.publication},
-        ).fetchone()
-    if publication is None:
+    listed = _heard_tables_listed(connection, target.publication)
+    if listed is None:
         if slot is not None:
             raise OperatorNeeded(
                 f"slot {target.slot!r} is older than publication {target.publication!r}, which does not exist",
@@ -129,10 +124,12 @@ def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step
         if _PUBLICATION_FILE not in made:
             script = _publication_script(connection, target, table_is_made=_TABLE_FILE in made)
             steps.append(Step(f"create publication {target.publication}", script))
-    elif publication == (False,) and not (target.publication == "cdc_outbox" and _DEAD_LETTERS_FILE in made):
-        name = sql.Identifier(target.publication).as_string(connection)
-        script = f"ALTER PUBLICATION {name} ADD TABLE cdc_outbox.redrive_request;"
-        steps.append(Step(f"add cdc_outbox.redrive_request to publication {target.publication}", script))
+    else:
+        for table, file in _HEARD_TABLES.items():
+            if table not in listed and not (target.publication == "cdc_outbox" and file in made):
+                name = sql.Identifier(target.publication).as_string(connection)
+                script = f"ALTER PUBLICATION {name} ADD TABLE cdc_outbox.{table};"
+                steps.append(Step(f"add cdc_outbox.{table} to publication {target.publication}", script))
     if slot is None:
         script = create_slot_sql(connection, target.slot, failover=failover)
         begin = begin_sql(target.slot).as_string(connection)
@@ -168,6 +165,21 @@ def _pending(connection: Connection, target: Target) -> list[Migration]:
     return [migration for migration, stand in zip(migrations, stands, strict=True) if stand.state == "pending"]
 
 
+def _heard_tables_listed(connection: Connection, publication: str) -> set[str] | None:
+    """Which of them the publication lists (one for all tables, all of them); None if there is no such publication."""
+    with translated("looking up the publication"):
+        row = connection.execute(
+            "SELECT puballtables, ARRAY(SELECT tablename::text FROM pg_publication_tables"
+            " WHERE pubname = %(publication)s AND schemaname = 'cdc_outbox')"
+            " FROM pg_publication WHERE pubname = %(publication)s",
+            {"publication": publication},
+        ).fetchone()
+    if row is None:
+        return None
+    for_all_tables, listed = row
+    return set(_HEARD_TABLES) if for_all_tables else set(listed)
+
+
 def _view_steps(connection: Connection, target: Target, *, table_is_made: bool) -> list[Step]:
     """The view of this outbox and slot, unless it is there. Raises OperatorNeeded if a column is missing."""
     columns = [target.columns.id, target.columns.aggregate_id, target.columns.event_type]
@@ -198,11 +210,9 @@ def _publication_script(connection: Connection, target: Target, *, table_is_made
     else:
         found = find_table(connection, target.table)
         table = sql.Identifier(found.namespace, found.name)
-    create = sql.SQL(
-        "CREATE PUBLICATION {} FOR TABLE {}, cdc_outbox.redrive_request"
-        " WITH (publish = 'insert', publish_via_partition_root);"
-    )
-    return create.format(sql.Identifier(target.publication), table).as_string(connection)
+    create = sql.SQL("CREATE PUBLICATION {} FOR TABLE {} WITH (publish = 'insert', publish_via_partition_root);")
+    tables = [table, *(sql.Identifier("cdc_outbox", name) for name in _HEARD_TABLES)]
+    return create.format(sql.Identifier(target.publication), sql.SQL(", ").join(tables)).as_string(connection)
 
 
 def _script(connection: Connection, migration: Migration) -> str:

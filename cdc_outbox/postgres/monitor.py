@@ -14,6 +14,7 @@ from typing import Final, Self
 from psycopg_pool import ConnectionPool, PoolTimeout
 
 from cdc_outbox.errors import SourceUnavailable
+from cdc_outbox.postgres.canary import plant
 from cdc_outbox.postgres.catalog import Slot, check_publication, find_slot, find_table
 from cdc_outbox.postgres.connection import BoundedConnection, connect, connection_parameters, translated
 
@@ -54,6 +55,12 @@ class Monitor:
         with self._releasing_what_broke(), translated("looking at the slot"):
             check_publication(connection, self._publication, find_table(connection, self._table))
             return find_slot(connection, self._slot)
+
+    def plant_canary(self) -> None:
+        """After ``look``. Raises as ``plant`` does."""
+        assert self._connection is not None  # `look` has made it
+        with self._releasing_what_broke():
+            plant(self._connection, self._slot)
 
     def wait(self, seconds: float, *, wake_descriptor: int) -> None:
         """After ``look``, sleep until ``wake_descriptor`` is readable, at most ``seconds``.

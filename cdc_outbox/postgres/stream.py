@@ -40,7 +40,8 @@ class ReplicationStream:
     Raises ConfigurationError, SourceUnavailable, OperatorNeeded.
     """
 
-    def __init__(self, dsn: str) -> None:
+    def __init__(self, dsn: str, *, lock_timeout_seconds: int = 0) -> None:
+        """``lock_timeout_seconds`` bounds the wait for open transactions when a slot is made; 0: not at all."""
         self._dsn = dsn
         self._slot = ""
         self.connection: Connection = connect(dsn, replication="database")
@@ -48,6 +49,7 @@ class ReplicationStream:
         self.connection.add_notice_handler(self._on_notice)
         with translated("preparing the replication session"):
             self.connection.execute(_SESSION)
+            self.connection.execute(f"SET lock_timeout = '{lock_timeout_seconds}s'")
         self._poller = select.poll()
         self._poller.register(self._pgconn.socket, select.POLLIN)
         self._watched: int | None = None

@@ -3,7 +3,7 @@
 Pure: it is handed frames and hands on records. When to read, wait, poll or confirm is `service.session`'s business.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final, Protocol
 
 from cdc_outbox.errors import CdcOutboxError, MalformedStream, OperatorNeeded, PoisonEvent
@@ -51,9 +51,16 @@ class Pipeline:
     """State of one replication stream. Thrown away with it: a late delivery report can then confirm nothing."""
 
     def __init__(
-        self, router: Router, publisher: Publisher, dead_letters: DeadLetters, wait_for_room: Callable[[], None]
+        self,
+        routers: Sequence[Router],
+        publisher: Publisher,
+        dead_letters: DeadLetters,
+        wait_for_room: Callable[[], None],
     ) -> None:
-        self._router = router
+        """``routers``: one for each outbox; the first is the application's own."""
+        self._routers = routers
+        #: by an Insert's head
+        self._router_of: dict[bytes, Router] = {}
         self._publisher = publisher
         self._dead_letters = dead_letters
         self._wait_for_room = wait_for_room
@@ -157,12 +164,12 @@ class Pipeline:
 
     def _put_away(self, frame: bytes, error: PoisonEvent | MalformedStream) -> None:
         """Let an event that can never be published become a dead letter, or stop before it."""
-        relation = self._relations[frame[pgoutput.INSERT_HEAD]]
+        head = frame[pgoutput.INSERT_HEAD]
         if isinstance(error, MalformedStream):
             error = PoisonEvent(error.message, reason="undecodable", hint=error.hint)
         self._dead_letters.put(
             DeadLetter(
-                event=self._router.describe(relation, frame, self._commit_time_ms),
+                event=self._router_of[head].describe(self._relations[head], frame, self._commit_time_ms),
                 commit_lsn=LSN(self.open_commit_lsn),
                 ordinal=self.ordinal,
                 commit_time_ms=self._commit_time_ms,
@@ -179,7 +186,7 @@ class Pipeline:
         batch = self.watermark.current
         headers = [*record.headers, (REDRIVEN_HEADER, b"%d" % request.dead_letter_id)]
         try:
-            self._router.check(record.topic)
+            self._routers[0].check(record.topic)
             batch.outstanding += 1
             batch.per_topic[record.topic] += 1
             self._publish_patiently(record._replace(headers=headers))
@@ -213,8 +220,10 @@ class Pipeline:
     def _introduce(self, relation: pgoutput.Relation) -> None:
         head = relation.insert_head
         self._relations[head] = relation
-        plan = self._router.compile(relation)
-        self._plans[head] = plan.read if plan else None
+        self._plans[head] = None
+        for router in self._routers:
+            if plan := router.compile(relation):
+                self._plans[head], self._router_of[head] = plan.read, router
         if (relation.namespace, relation.name) == REDRIVE_REQUESTS:
             self._read_request[head] = pgoutput.compile_insert_reader(relation, ["dead_letter_id", "topic", "key"])
 

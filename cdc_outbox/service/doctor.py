@@ -1,9 +1,11 @@
 """The doctor: looks at everything `run` needs, one thing after another, and says how to mend what is wrong.
 
-It changes nothing. PostgreSQL's and Kafka's own examinations lie with them; here they are put together.
+It changes nothing but for the canary of the round trip: a row in cdc_outbox.canary, a record in canary.topic, a slot
+for as long as it takes. PostgreSQL's and Kafka's own examinations lie with them; here they are put together.
 """
 
 from contextlib import closing
+from itertools import chain
 
 from cdc_outbox.config import Config
 from cdc_outbox.errors import CdcOutboxError
@@ -20,6 +22,7 @@ from cdc_outbox.postgres.examination import (
     examine_slot,
 )
 from cdc_outbox.relay.router import Outbox, TopicTemplate, check_columns
+from cdc_outbox.service.round_trip import make_round_trip
 
 
 def examine(config: Config) -> Findings:
@@ -29,17 +32,29 @@ def examine(config: Config) -> Findings:
     publisher = Publisher(
         config.kafka.require_bootstrap_servers(), config.kafka.producer, max_in_flight=config.relay.max_in_flight
     )
+    failed = False
+    with closing(publisher):
+        examinations = (
+            _examine_postgres(config, dsn, topic),
+            examine_broker(publisher, topic.allows, create=config.kafka.create_topics),
+        )
+        for finding in chain.from_iterable(examinations):
+            failed |= finding.state == "failed"
+            yield finding
+        if failed:
+            yield Finding("round trip", "warning", "not tried", "mend what failed, and run this again")
+        else:
+            yield make_round_trip(config, publisher)
+
+
+def _examine_postgres(config: Config, dsn: str, topic: TopicTemplate) -> Findings:
     try:
-        connection = connect(dsn)
+        with closing(connect(dsn)) as connection:
+            yield from examine_connection(connection, dsn)
+            yield from _examine_database(config, connection, topic)
     except CdcOutboxError as error:
         mend = error.hint or "check host and port in postgres.dsn, listen_addresses on the server, the network"
         yield Finding("connection", "failed", error.message, mend)
-    else:
-        with closing(connection):
-            yield from examine_connection(connection, dsn)
-            yield from _examine_database(config, connection, topic)
-    with closing(publisher):
-        yield from examine_broker(publisher, topic.allows, create=config.kafka.create_topics)
 
 
 def _examine_database(config: Config, connection: Connection, topic: TopicTemplate) -> Findings:

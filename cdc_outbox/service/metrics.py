@@ -17,6 +17,8 @@ from cdc_outbox import __version__
 from cdc_outbox.postgres.catalog import Slot
 from cdc_outbox.relay.watermark import Batch
 
+#: As pg_replication_slots has it: fine, more than max_wal_size is kept, about to be lost, lost.
+WAL_STATUSES: Final = ("reserved", "extended", "unreserved", "lost")
 STATES: Final = ("starting", "streaming", "standby", "waiting", "halted")
 
 _BUCKETS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
@@ -50,7 +52,10 @@ class _CommitToAck(Collector):
 
 
 class Metrics:
-    def __init__(self) -> None:
+    def __init__(self, *, canary_topic: str = "") -> None:
+        self._canary_topic = canary_topic
+        #: commit of the last canary that arrived, or when the first was expected; Unix seconds, NaN if none is
+        self._canary_seen_at = math.nan
         self.registry = CollectorRegistry()
         self.events_published = self._counter("events_published", "Events acknowledged by Kafka", ["topic"])
         self.events_in_flight = self._gauge("events_in_flight", "Events published and not yet acknowledged")
@@ -64,6 +69,9 @@ class Metrics:
         self.slot_safe_bytes = self._gauge(
             "slot_safe_bytes", "WAL that may be written before the slot is lost; +Inf if the server sets no limit"
         )
+        self._slot_wal_status = Gauge(
+            "cdc_outbox_slot_wal_status", "1 for the slot's wal_status", ["status"], registry=self.registry
+        )
         for gauge in (self.slot_lag_bytes, self.slot_retained_bytes, self.slot_safe_bytes):
             gauge.set(math.nan)  # not known yet
         self._state = Gauge("cdc_outbox_state", "1 for the state the relay is in", ["state"], registry=self.registry)
@@ -75,11 +83,16 @@ class Metrics:
         self._gauge("oldest_unconfirmed_seconds", "Age of the oldest commit that is not settled").set_function(
             self.oldest_unconfirmed_seconds
         )
+        self._gauge(
+            "canary_age_seconds", "Age of the last canary that arrived; NaN where none is planted"
+        ).set_function(lambda: time.time() - self._canary_seen_at)
         Info("cdc_outbox_build", "Version", registry=self.registry).info({"version": __version__})
 
     def batch_settled(self, batch: Batch) -> None:
         for topic, count in batch.per_topic.items():
             self.events_published.labels(topic).inc(count)
+        if self._canary_topic in batch.per_topic:
+            self._canary_seen_at = batch.first_commit_time_ms / 1000
         if batch.events:
             self._commit_to_ack.observe(max(0.0, time.time() - batch.first_commit_time_ms / 1000), batch.events)
 
@@ -94,11 +107,23 @@ class Metrics:
         oldest = self._oldest_commit_time_ms
         return max(0.0, time.time() - oldest / 1000) if oldest else 0.0
 
+    def expect_canary(self, *, expected: bool) -> None:
+        """Whether canaries are planted by this relay, and so must arrive."""
+        if not expected:
+            self._canary_seen_at = math.nan
+        elif math.isnan(self._canary_seen_at):
+            self._canary_seen_at = time.time()
+
     def slot_seen(self, slot: Slot | None) -> None:
+        safe: float | None
         lag, retained, safe = (slot.lag_bytes, slot.retained_bytes, slot.safe_bytes) if slot else (None, None, None)
         self.slot_lag_bytes.set(math.nan if lag is None else lag)
         self.slot_retained_bytes.set(math.nan if retained is None else retained)
-        self.slot_safe_bytes.set(math.inf if slot and safe is None else math.nan if safe is None else safe)
+        if slot and safe is None:
+            safe = 0 if slot.wal_status == "lost" else math.inf
+        self.slot_safe_bytes.set(math.nan if safe is None else safe)
+        for status in WAL_STATUSES:
+            self._slot_wal_status.labels(status).set(slot is not None and slot.wal_status == status)
 
     def set_state(self, state: str) -> None:
         for name in STATES:

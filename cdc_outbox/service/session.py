@@ -5,7 +5,7 @@ decided lies in `relay`; what happens after an error, in `service.supervisor`.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from itertools import islice
 from typing import Final, Protocol
@@ -71,7 +71,7 @@ class Session:
         self,
         stream: ReplicationStream,
         publisher: SessionPublisher,
-        router: Router,
+        routers: Sequence[Router],
         state: SessionState,
         shutdown: Shutdown,
         health: Health,
@@ -80,7 +80,7 @@ class Session:
         self._stream = stream
         self._publisher = publisher
         self._state = state
-        self._pipeline = Pipeline(router, publisher, state, self._wait_for_room)
+        self._pipeline = Pipeline(routers, publisher, state, self._wait_for_room)
         self._watermark = self._pipeline.watermark
         self._shutdown = shutdown
         self._health = health

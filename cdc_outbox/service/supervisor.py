@@ -8,6 +8,7 @@ import gc
 import random
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from typing import Final
 
@@ -29,6 +30,7 @@ from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.monitor import Monitor
 from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.relay.router import Router, TopicTemplate
+from cdc_outbox.service.canary import Canary, make_canary_router
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.http import HttpServer
 from cdc_outbox.service.logs import get_logger
@@ -56,7 +58,7 @@ class Supervisor:
         self._dsn = config.postgres.dsn.get_secret_value()
         self._bootstrap_servers = config.kafka.require_bootstrap_servers()
         self._topic = TopicTemplate(config.kafka.topic, config.kafka.topic_pattern)
-        self._metrics = Metrics()
+        self._metrics = Metrics(canary_topic=config.canary.topic)
         self._health = Health(config.postgres.slot, self._metrics)
         self._shutdown = Shutdown(config.service.shutdown_timeout_seconds)
         self._monitor = Monitor(
@@ -65,6 +67,7 @@ class Supervisor:
             publication=config.postgres.publication,
             table=config.outbox.table,
         )
+        self._canary = Canary(config.canary.every_seconds, self._monitor, self._health, self._metrics)
         self._log = get_logger()
         self._continuity = Continuity(config.postgres.slot)
         #: after a refusal by the broker: up to where the refused event must be, see `Session.suspect`
@@ -102,15 +105,18 @@ class Supervisor:
         topics = Topics(publisher, create=config.kafka.create_topics)
         try:
             with ReplicationStream(self._dsn) as stream:
-                router = prepare_router(config, stream.connection, self._topic, topics.require)
+                routers = [prepare_router(config, stream.connection, self._topic, topics.require)]
                 catalog.check_slot(stream.connection, config.postgres.slot)
                 # A relay that cannot reach Kafka must not keep the slot from one that can.
                 topics.connect()
                 if not self._topic.fields:
                     topics.require(self._topic.text)
+                if config.canary.every_seconds:
+                    topics.require(config.canary.topic)
+                    routers.append(make_canary_router(config, topics.require))
                 if self._take_slot(stream, publisher):
                     self._streaming_since = time.monotonic()
-                    self._relay(stream, publisher, router)
+                    self._relay(stream, publisher, routers)
         finally:
             publisher.close()
 
@@ -129,10 +135,10 @@ class Supervisor:
                 return True
         return False
 
-    def _relay(self, stream: ReplicationStream, publisher: Publisher, router: Router) -> None:
+    def _relay(self, stream: ReplicationStream, publisher: Publisher, routers: Sequence[Router]) -> None:
         with closing(connect_for_state(self._dsn)) as connection:
             state = self._make_state(connection)
-            session = Session(stream, publisher, router, state, self._shutdown, self._health, self._metrics)
+            session = Session(stream, publisher, routers, state, self._shutdown, self._health, self._metrics)
             if self._suspected:
                 session.suspect(self._suspected)
                 self._suspected = None
@@ -197,7 +203,8 @@ class Supervisor:
                 try:
                     self._metrics.slot_seen(monitor.look())
                     self._health.alarm = None
-                    monitor.wait(_MONITOR_SECONDS, wake_descriptor=self._shutdown.descriptor)
+                    seconds = min(_MONITOR_SECONDS, self._canary.plant_when_due())
+                    monitor.wait(seconds, wake_descriptor=self._shutdown.descriptor)
                 except CdcOutboxError as error:
                     self._metrics.slot_seen(None)
                     if isinstance(error, OperatorNeeded | ServerStopping):

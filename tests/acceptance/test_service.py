@@ -1,6 +1,7 @@
 """The service, from outside: signals, standing by, HTTP, logs."""
 
 import json
+import math
 import signal
 import socket
 import struct
@@ -16,7 +17,7 @@ from acceptance.conftest import StartRelay
 from cdc_outbox.demo.relay import RelayProcess
 from support.observing import delivered_ids, load, readyz, readyz_state, wait_for_load
 from support.waiting import wait_until
-from support.world import World
+from support.world import World, create_topic, read_topic
 
 
 def end_three_times(
@@ -158,3 +159,36 @@ def test_a_second_signal_ends_at_once() -> None:
             process.wait(0.5)
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == -signal.SIGTERM
+
+
+def test_a_canary_comes_by_until_the_publication_loses_it(world: World, start_relay: StartRelay) -> None:
+    world.migrate()
+    topic = f"{world.name}-canary"
+    create_topic(world.bootstrap_servers, topic)
+    settings = {"CDC_OUTBOX_CANARY__EVERY_SECONDS": "0.5", "CDC_OUTBOX_CANARY__TOPIC": topic}
+    relay = start_relay(**settings)
+    records = read_topic(world.bootstrap_servers, topic, 3)
+    assert {record.key() for record in records} == {world.slot.encode()}
+    standby = start_relay(wait=False, **settings)
+    wait_until(lambda: readyz_state(standby) == "standby", "it stands by")
+
+    def age(process: RelayProcess) -> float:
+        seconds = process.metric("cdc_outbox_canary_age_seconds")
+        assert seconds is not None
+        return seconds
+
+    assert age(relay) < 3
+    assert math.isnan(age(standby))
+    assert world.db.execute("SELECT count(*) FROM cdc_outbox.canary").fetchone() == (1,)
+    world.db.execute("ALTER PUBLICATION cdc_outbox DROP TABLE cdc_outbox.canary")
+    wait_until(lambda: age(relay) > 3, "the canary is missed")
+    world.migrate()
+    wait_until(lambda: age(relay) < 3, "the canary is back")
+
+
+def test_a_canary_without_its_topic_is_said_at_the_start(world: World, start_relay: StartRelay) -> None:
+    world.migrate()
+    settings = {"CDC_OUTBOX_CANARY__EVERY_SECONDS": "1", "CDC_OUTBOX_CANARY__TOPIC": f"{world.name}-nope"}
+    relay = start_relay(wait=False, **settings)
+    assert relay.process.wait(20) == 3
+    assert f"topic {world.name}-nope does not exist" in relay.said()

@@ -11,6 +11,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from typing import Any
 
 import psycopg
+import pytest
 from psycopg import conninfo
 
 from cdc_outbox.config import Config
@@ -21,7 +22,7 @@ from cdc_outbox.postgres.connection import connect
 from cdc_outbox.postgres.examination import examine_clock
 from cdc_outbox.service.doctor import examine
 from support.waiting import wait_until
-from support.world import World, create_topic, make_world
+from support.world import World, create_topic, make_world, read_topic
 
 
 def doctor(world: World, *, dsn: str = "", outbox: Any = None, **kafka: Any) -> list[Finding]:
@@ -33,8 +34,13 @@ def doctor(world: World, *, dsn: str = "", outbox: Any = None, **kafka: Any) -> 
             **kafka,
         },
         outbox=outbox or {},
+        canary={"topic": canary_topic(world)},
     )
     return list(examine(config))
+
+
+def canary_topic(world: World) -> str:
+    return f"{world.name}-canary"
 
 
 def said(findings: list[Finding], state: str, *words: str) -> Finding:
@@ -87,6 +93,8 @@ _STATE = (
     "USAGE ON SCHEMA cdc_outbox",
     "SELECT, INSERT, UPDATE ON cdc_outbox.dead_letter",
     "SELECT, INSERT, UPDATE ON cdc_outbox.confirmation",
+    "SELECT, INSERT, DELETE ON cdc_outbox.settled",
+    "SELECT, INSERT, DELETE ON cdc_outbox.canary",
 )
 
 
@@ -94,10 +102,43 @@ def test_all_is_well(every_world: World) -> None:
     world = every_world
     world.migrate()
     create_topic(world.bootstrap_servers, f"outbox.{world.name}a", partitions=6, **{"min.insync.replicas": "2"})
+    create_topic(world.bootstrap_servers, canary_topic(world))
     with role(world, "REPLICATION", *_STATE) as dsn, setting(world, "max_slot_wal_keep_size", "10GB"):
         findings = doctor(world, dsn=dsn)
     assert [finding for finding in findings if finding.state != "ok"] == []
     assert {finding.check for finding in findings} >= {"server", "slot", "publication", "role", "broker", "clocks"}
+    assert findings[-1].check == "round trip"
+    (record,) = read_topic(world.bootstrap_servers, canary_topic(world), 1)
+    assert record.value() == b"{}"
+
+
+def test_a_round_trip_that_cannot_be_tried(world: World) -> None:
+    said(doctor(world), "warning", "round trip not tried", "mend what failed")
+    world.migrate()
+    said(doctor(world), "warning", "round trip not tried", canary_topic(world), "kafka-topics.sh")
+    said(doctor(world, create_topics=True), "ok", "round trip", canary_topic(world))
+
+
+def test_a_canary_that_does_not_arrive(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdc_outbox.service.round_trip._PATIENCE_SECONDS", 1.0)
+    world.migrate()
+    create_topic(world.bootstrap_servers, canary_topic(world))
+    said(doctor(world), "ok", "round trip")
+    event_id = world.insert("t")  # nobody's events are sent
+    world.db.execute("ALTER PUBLICATION cdc_outbox DROP TABLE cdc_outbox.canary")
+    said(doctor(world), "failed", "round trip", "did not arrive", "cdc-outbox migrate up")
+    assert event_id
+    world.migrate()
+    said(doctor(world), "ok", "round trip")
+
+
+def test_a_round_trip_behind_a_transaction_that_does_not_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cdc_outbox.service.round_trip._SLOT_SECONDS", 1)
+    world.migrate()
+    create_topic(world.bootstrap_servers, canary_topic(world))
+    with psycopg.connect(world.dsn) as long_running:
+        long_running.execute("SELECT pg_current_xact_id()")
+        said(doctor(world), "failed", "round trip", "lock timeout", "long transactions")
 
 
 def test_unlimited_wal(world: World) -> None:
@@ -255,7 +296,7 @@ def test_no_schema(world: World) -> None:
     world.migrate()
     world.db.execute("DROP SCHEMA cdc_outbox CASCADE")
     with role(world, "REPLICATION") as dsn:
-        said(doctor(world, dsn=dsn), "failed", "schema cdc_outbox is not there", "cdc-outbox migrate up")
+        said(doctor(world, dsn=dsn), "failed", "cdc_outbox has no table dead_letter", "cdc-outbox migrate up")
 
 
 def test_a_pooler(world: World) -> None:

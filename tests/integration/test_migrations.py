@@ -151,7 +151,11 @@ def test_a_publication_that_is_there_learns_of_redrive_requests(every_world: Wor
     assert "add cdc_outbox.redrive_request to publication mine" in up(world, wanted)
     assert up(world, wanted) == []
     tables = "SELECT schemaname || '.' || tablename FROM pg_publication_tables WHERE pubname = 'mine' ORDER BY 1"
-    assert world.db.execute(tables).fetchall() == [("cdc_outbox.redrive_request",), ("public.events",)]
+    assert world.db.execute(tables).fetchall() == [
+        ("cdc_outbox.canary",),
+        ("cdc_outbox.redrive_request",),
+        ("public.events",),
+    ]
 
 
 def test_a_table_that_is_not_there_is_named(every_world: World) -> None:

@@ -19,13 +19,15 @@ CONTRACT = {
     "cdc_outbox_publish_failures": "counter",
     "cdc_outbox_dead_letters": "counter",
     "cdc_outbox_reconnects": "counter",
+    "cdc_outbox_slot_wal_status": "gauge",
+    "cdc_outbox_canary_age_seconds": "gauge",
     "cdc_outbox_state": "gauge",
     "cdc_outbox_build": "info",
 }
 
 
-def slot(safe_bytes: int | None) -> Slot:
-    return Slot("s", "pgoutput", "d", 1, LSN(1), "reserved", None, 10, 20, safe_bytes)
+def slot(safe_bytes: int | None, wal_status: str = "reserved") -> Slot:
+    return Slot("s", "pgoutput", "d", 1, LSN(1), wal_status, None, 10, 20, safe_bytes)
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:
@@ -36,6 +38,28 @@ def test_names_and_types_are_those_of_the_contract() -> None:
     families = list(Metrics().registry.collect())
     assert {family.name: family.type for family in families} == CONTRACT
     assert all(family.documentation for family in families)
+
+
+def test_the_canary_s_age() -> None:
+    metrics = Metrics(canary_topic="canary")
+    batch = Batch(lambda *_: None)
+    batch.first_commit_time_ms = int((time.time() - 5) * 1000)
+    batch.per_topic["canary"] = 1
+
+    def age() -> float:
+        seconds = value(metrics, "cdc_outbox_canary_age_seconds")
+        assert seconds is not None
+        return seconds
+
+    assert math.isnan(age())
+    metrics.expect_canary(expected=True)
+    assert 0 <= age() < 1
+    metrics.batch_settled(batch)
+    assert 5 <= age() < 6
+    metrics.expect_canary(expected=True)
+    assert 5 <= age() < 6
+    metrics.expect_canary(expected=False)
+    assert math.isnan(age())
 
 
 def test_a_settled_batch() -> None:
@@ -62,8 +86,14 @@ def test_slot_figures() -> None:
     assert value(metrics, "cdc_outbox_slot_safe_bytes") == 30
     metrics.slot_seen(slot(None))
     assert value(metrics, "cdc_outbox_slot_safe_bytes") == math.inf
+    assert value(metrics, "cdc_outbox_slot_wal_status", status="reserved") == 1
+    metrics.slot_seen(slot(None, "lost"))
+    assert value(metrics, "cdc_outbox_slot_safe_bytes") == 0
+    assert value(metrics, "cdc_outbox_slot_wal_status", status="lost") == 1
+    assert value(metrics, "cdc_outbox_slot_wal_status", status="reserved") == 0
     metrics.slot_seen(None)
     assert math.isnan(value(metrics, "cdc_outbox_slot_safe_bytes") or 0)
+    assert value(metrics, "cdc_outbox_slot_wal_status", status="lost") == 0
 
 
 def test_the_state_is_one_of_five() -> None:

@@ -76,7 +76,7 @@ class FakeDeadLetters:
 def make(publisher: FakePublisher, wait_for_room: Any = None, dead_letters: DeadLetters | None = None) -> Pipeline:
     outbox = Outbox("public", "outbox", {name: name for name in OUTBOX})
     router = Router(outbox, TopicTemplate("outbox.{aggregate_type}"), "plain", "", lambda _: None)
-    return Pipeline(router, publisher, dead_letters or Stateless(), wait_for_room or (lambda: pytest.fail("no room")))
+    return Pipeline([router], publisher, dead_letters or Stateless(), wait_for_room or (lambda: pytest.fail("no room")))
 
 
 def event(number: int) -> bytes:

@@ -1,0 +1,68 @@
+"""The doctor's round trip: a canary through the real path, from INSERT to Kafka's acknowledgement, timed.
+
+Stream, pipeline and publisher are the relay's own; the slot is a temporary one, so nothing is confirmed, and only
+canaries are routed, so nobody's events are sent.
+"""
+
+import os
+import time
+from contextlib import closing
+from typing import Final
+
+from cdc_outbox.config import Config
+from cdc_outbox.errors import CdcOutboxError, OperatorNeeded
+from cdc_outbox.findings import Finding
+from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.kafka.topics import Topics
+from cdc_outbox.postgres.canary import plant
+from cdc_outbox.postgres.connection import connect_for_state
+from cdc_outbox.postgres.stream import ReplicationStream
+from cdc_outbox.relay.pipeline import Pipeline
+from cdc_outbox.service.canary import make_canary_router
+from cdc_outbox.service.state import Stateless
+
+_CHECK: Final = "round trip"
+_PATIENCE_SECONDS: Final = 10.0
+#: A slot can begin only when the transactions that are open have ended.
+_SLOT_SECONDS: Final = 5
+
+
+def make_round_trip(config: Config, publisher: Publisher) -> Finding:
+    topics = Topics(publisher, create=config.kafka.create_topics)
+    try:
+        topics.connect()
+        topics.require(config.canary.topic)
+    except CdcOutboxError as error:
+        mend = f"kafka-topics.sh --create --topic {config.canary.topic}, or another canary.topic"
+        return Finding(_CHECK, "warning", f"not tried: {error.message}", mend)
+    try:
+        with ReplicationStream(config.postgres.dsn.get_secret_value(), lock_timeout_seconds=_SLOT_SECONDS) as stream:
+            slot = f"cdc_outbox_doctor_{os.getpid()}"
+            stream.create_temporary_slot(slot)
+            stream.start(slot, config.postgres.publication)
+            seconds = _carry_one(config, stream, publisher, slot)
+    except CdcOutboxError as error:
+        return Finding(_CHECK, "failed", error.message, error.hint)
+    return Finding(
+        _CHECK, "ok", f"a canary was in {config.canary.topic} {seconds * 1000:.0f} ms after its commit began"
+    )
+
+
+def _carry_one(config: Config, stream: ReplicationStream, publisher: Publisher, slot: str) -> float:
+    """Seconds from INSERT to acknowledgement. Raises OperatorNeeded if it does not arrive."""
+    router = make_canary_router(config, require_topic=lambda _: None)
+    pipeline = Pipeline([router], publisher, Stateless(), lambda: publisher.poll(0.05))
+    began = time.monotonic()
+    with closing(connect_for_state(config.postgres.dsn.get_secret_value())) as connection:
+        plant(connection, slot)
+    while time.monotonic() - began < _PATIENCE_SECONDS:
+        pipeline.feed(stream.frames())
+        publisher.flush(0.01)
+        if any(config.canary.topic in batch.per_topic for batch in pipeline.watermark.advance()):
+            return time.monotonic() - began
+        if not stream.receive():
+            stream.wait(0.05)
+    raise OperatorNeeded(
+        f"a canary was committed, but did not arrive within {_PATIENCE_SECONDS:.0f} s",
+        hint="see that the publication lists cdc_outbox.canary (cdc-outbox migrate up adds it), and look at the broker",
+    )

@@ -1,0 +1,32 @@
+-- Why: an outbox may be silent because nothing happens, or because nothing arrives. A canary is a row that comes by on
+-- purpose: planted by the relay every canary.every_seconds (off by default) and by `cdc-outbox doctor`, it goes the way
+-- of every event, into a topic of its own. The table is an outbox like any other, so it belongs to the publication.
+--
+-- It holds the last canary only, and may be emptied at any time.
+--
+-- Run as: the owner of schema cdc_outbox and of the publication. Safe to run again.
+
+CREATE TABLE IF NOT EXISTS cdc_outbox.canary (
+    id           uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
+    aggregate_id text        NOT NULL,
+    event_type   text        NOT NULL DEFAULT 'canary',
+    payload      json        NOT NULL DEFAULT '{}',
+    planted_at   timestamptz NOT NULL DEFAULT now()
+);
+
+COMMENT ON TABLE cdc_outbox.canary IS 'A row that goes through the relay on purpose, to see that it arrives';
+COMMENT ON COLUMN cdc_outbox.canary.aggregate_id IS 'The slot it is meant for';
+
+DO $$
+BEGIN
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_relay') THEN
+        GRANT USAGE ON SCHEMA cdc_outbox TO cdc_outbox_relay;
+        GRANT SELECT, INSERT, DELETE ON cdc_outbox.canary TO cdc_outbox_relay;
+    END IF;
+    IF EXISTS (SELECT FROM pg_publication WHERE pubname = 'cdc_outbox' AND NOT puballtables)
+       AND NOT EXISTS (SELECT FROM pg_publication_tables
+                        WHERE pubname = 'cdc_outbox' AND schemaname = 'cdc_outbox' AND tablename = 'canary')
+    THEN
+        ALTER PUBLICATION cdc_outbox ADD TABLE cdc_outbox.canary;
+    END IF;
+END $$;
