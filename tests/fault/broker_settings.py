@@ -2,7 +2,7 @@
 
 PLAINTEXT  for the tests themselves, administrator
 PROXIED    what relays use: the broker tells them to come back through the proxy
-SASL       a user with a password and rights that can be taken away
+SASL       SCRAM over TLS: a user with a password and rights that can be taken away
 TLS        a certificate of a CA of the suite's own
 """
 
@@ -11,12 +11,19 @@ from pathlib import Path
 from typing import Final
 
 import trustme
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.admin._scram import (
+    ScramCredentialInfo,
+    ScramMechanism,
+    UserScramCredentialUpsertion,
+)
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 
 from cdc_outbox.demo.ports import free_port
 
 USER: Final = "relay"
 PASSWORD: Final = "hunter2-sasl"
+MECHANISM: Final = "SCRAM-SHA-512"
 
 
 @dataclass(slots=True)
@@ -29,20 +36,29 @@ class BrokerPorts:
 
 def settings(ports: BrokerPorts, keystore: Path) -> dict[str, str]:
     own = f"PLAINTEXT://127.0.0.1:{{port}},SASL://127.0.0.1:{ports.sasl},TLS://127.0.0.1:{ports.tls}"
-    login = "org.apache.kafka.common.security.plain.PlainLoginModule required"
     return {
         "listeners": f"{own},PROXIED://127.0.0.1:{ports.proxied},CONTROLLER://127.0.0.1:{{controller_port}}",
         "advertised.listeners": f"{own},PROXIED://127.0.0.1:{ports.proxy}",
         "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,PROXIED:PLAINTEXT,CONTROLLER:PLAINTEXT,"
-        "SASL:SASL_PLAINTEXT,TLS:SSL",
+        "SASL:SASL_SSL,TLS:SSL",
         "inter.broker.listener.name": "PLAINTEXT",
-        "sasl.enabled.mechanisms": "PLAIN",
-        "listener.name.sasl.plain.sasl.jaas.config": f'{login} user_{USER}="{PASSWORD}";',
+        "sasl.enabled.mechanisms": MECHANISM,
+        "listener.name.sasl.scram-sha-512.sasl.jaas.config": (
+            "org.apache.kafka.common.security.scram.ScramLoginModule required;"
+        ),
         "authorizer.class.name": "org.apache.kafka.metadata.authorizer.StandardAuthorizer",
         "super.users": "User:ANONYMOUS",
-        "listener.name.tls.ssl.keystore.type": "PEM",
-        "listener.name.tls.ssl.keystore.location": str(keystore),
+        "ssl.keystore.type": "PEM",
+        "ssl.keystore.location": str(keystore),
     }
+
+
+def make_user(bootstrap_servers: str) -> None:
+    """The SASL listener's, kept by the broker itself."""
+    admin = AdminClient({"bootstrap.servers": bootstrap_servers})
+    info = ScramCredentialInfo(ScramMechanism.SCRAM_SHA_512, 4096)
+    change = UserScramCredentialUpsertion(USER, info, PASSWORD.encode())
+    admin.alter_user_scram_credentials([change])[USER].result()
 
 
 def make_certificates(folder: Path) -> tuple[Path, Path]:

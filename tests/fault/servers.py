@@ -9,7 +9,7 @@ from cdc_outbox.demo.kafka import EmbeddedKafka, fetch_kafka
 from cdc_outbox.demo.ports import wait_for_port
 from cdc_outbox.demo.postgres import EmbeddedPostgres
 from cdc_outbox.demo.stack import running, server_folder
-from fault.broker_settings import BrokerPorts, make_certificates, settings
+from fault.broker_settings import BrokerPorts, make_certificates, make_user, settings
 from fault.proxy import Proxy
 
 
@@ -41,6 +41,7 @@ def start_servers() -> Iterator[Servers]:
         postgres = EmbeddedPostgres(folder / "postgres")
         kafka = EmbeddedKafka(folder / "kafka", fetch_kafka(), settings=settings(ports, keystore))
         stack.enter_context(running(postgres, kafka))
+        make_user(kafka.bootstrap_servers)
         postgres_proxy = stack.enter_context(Proxy(postgres.port))
         kafka_proxy = stack.enter_context(Proxy(ports.proxied, port=ports.proxy))
         yield Servers(postgres, kafka, postgres_proxy, kafka_proxy, ports, ca)

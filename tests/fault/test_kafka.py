@@ -12,7 +12,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._acl import AclBinding, AclBindingFilter, AclOperation, AclPermissionType
 from confluent_kafka.admin._resource import ResourcePatternType, ResourceType
 
-from fault.broker_settings import PASSWORD, USER
+from fault.broker_settings import MECHANISM, PASSWORD, USER
 from fault.mock_kafka import (
     NOT_ENOUGH_REPLICAS,
     NOT_ENOUGH_REPLICAS_AFTER_APPEND,
@@ -146,8 +146,9 @@ def test_topic_deleted_while_running(stage: Stage) -> None:
 def sasl(stage: Stage, **more: str) -> dict[str, Any]:
     return {
         "CDC_OUTBOX_KAFKA__BOOTSTRAP_SERVERS": f"127.0.0.1:{stage.servers.broker_ports.sasl}",
-        "CDC_OUTBOX_KAFKA__PRODUCER__SECURITY_PROTOCOL": "SASL_PLAINTEXT",
-        "CDC_OUTBOX_KAFKA__PRODUCER__SASL_MECHANISMS": "PLAIN",
+        "CDC_OUTBOX_KAFKA__PRODUCER__SECURITY_PROTOCOL": "SASL_SSL",
+        "CDC_OUTBOX_KAFKA__PRODUCER__SSL_CA_LOCATION": str(stage.servers.broker_ca),
+        "CDC_OUTBOX_KAFKA__PRODUCER__SASL_MECHANISMS": MECHANISM,
         "CDC_OUTBOX_KAFKA__PRODUCER__SASL_USERNAME": USER,
         "CDC_OUTBOX_KAFKA__PRODUCER__SASL_PASSWORD": PASSWORD,
         **more,
