@@ -41,6 +41,12 @@ def servers() -> Iterator[Servers]:
 
 
 @pytest.fixture
+def outcomes(request: pytest.FixtureRequest) -> list[Outcome]:
+    """The lines of the table so far; a scenario adds its own."""
+    return request.config.stash[OUTCOMES]
+
+
+@pytest.fixture
 def stage(servers: Servers, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
     stash = request.config.stash
     with make_stage(servers, tmp_path, stash[OUTCOMES], stash[REFUSALS]) as made:
