@@ -101,6 +101,11 @@ class CanaryConfig(_Section):
     topic: str = Field(default="cdc-outbox.canary", pattern=r"^[A-Za-z0-9._-]{1,249}$")
 
 
+class TracingConfig(_Section):
+    #: a span for each event; where to is OpenTelemetry's own configuration (OTEL_...)
+    enabled: bool = False
+
+
 class HttpConfig(_Section):
     listen: str = "127.0.0.1:9646"
 
@@ -134,6 +139,7 @@ class Config(BaseSettings):
     outbox: OutboxConfig = OutboxConfig()
     relay: RelayConfig = RelayConfig()
     canary: CanaryConfig = CanaryConfig()
+    tracing: TracingConfig = TracingConfig()
     http: HttpConfig = HttpConfig()
     service: ServiceConfig = ServiceConfig()
 

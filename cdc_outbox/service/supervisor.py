@@ -8,14 +8,16 @@ import gc
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
+from functools import partial
 from typing import Final
 
 from cdc_outbox.config import Config
 from cdc_outbox.errors import (
     BatchRefused,
     CdcOutboxError,
+    ConfigurationError,
     OperatorNeeded,
     ServerStopping,
     SlotInUse,
@@ -74,6 +76,7 @@ class Supervisor:
         self._suspected: tuple[int, int] | None = None
         self._failures = 0
         self._streaming_since = float("inf")
+        self._publisher_class = _publisher_class(config)
         # A first producer at once: librdkafka checks its settings, and connects while PostgreSQL is connected to.
         self._next_publisher: Publisher | None = self._make_publisher()
 
@@ -189,7 +192,7 @@ class Supervisor:
         self._shutdown.sleep(backoff_seconds * random.uniform(0.5, 1.0))  # noqa: S311 - jitter is not cryptography
 
     def _make_publisher(self) -> Publisher:
-        return Publisher(
+        return self._publisher_class(
             self._bootstrap_servers,
             self._config.kafka.producer,
             max_in_flight=self._config.relay.max_in_flight,
@@ -212,3 +215,16 @@ class Supervisor:
                     else:
                         self._log.debug("slot_not_seen", reason=error.message)
                     self._shutdown.sleep(_MONITOR_RETRY_SECONDS)
+
+
+def _publisher_class(config: Config) -> Callable[..., Publisher]:
+    """Raises ConfigurationError if tracing is asked for and its libraries are not there."""
+    if not config.tracing.enabled:
+        return Publisher
+    try:
+        from cdc_outbox.kafka.tracing import TracingPublisher, start_tracing
+    except ImportError as error:
+        raise ConfigurationError(
+            f"tracing.enabled, but {error.name} is not installed", hint="pip install 'cdc-outbox[otel]'"
+        ) from error
+    return partial(TracingPublisher, provider=start_tracing())

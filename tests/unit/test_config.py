@@ -31,6 +31,7 @@ def test_defaults_are_those_of_the_contract() -> None:
         "relay.on_poison": "stop",
         "canary.every_seconds": 0,
         "canary.topic": "cdc-outbox.canary",
+        "tracing.enabled": False,
         "http.listen": "127.0.0.1:9646",
         "service.shutdown_timeout_seconds": 30,
     }
