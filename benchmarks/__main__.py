@@ -19,7 +19,7 @@ from benchmarks.drain import Incomplete, drain
 from benchmarks.lane import Backlog
 from benchmarks.latency import measure_latency
 from benchmarks.lives import measure_crash, measure_huge, measure_idle, measure_start
-from benchmarks.peers import NAMES, Unavailable, make_peer
+from benchmarks.peers import BY_DEFAULT, NAMES, Unavailable, make_peer
 from benchmarks.report import US, Growth, Report
 
 DRAINS: Final = {
@@ -37,7 +37,9 @@ Step = tuple[str, Callable[[], None]]
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--scenario", "scenarios", multiple=True, type=click.Choice([*DRAINS, *OTHERS]), help="Default: all.")
-@click.option("--peer", "peers", multiple=True, type=click.Choice(NAMES), help="For the drains. Default: all.")
+@click.option(
+    "--peer", "peers", multiple=True, type=click.Choice(NAMES), help="For the drains. Default: all but the traced ones."
+)
 @click.option("--repeat", default=3, show_default=True, help="Runs of each, in random order.")
 @click.option("--postgres", metavar="DSN", help="A superuser's; default: the embedded one.")
 @click.option("--kafka", metavar="HOST:PORT", help="Default: the embedded one.")
@@ -64,7 +66,7 @@ def main(
     failure: Incomplete | None = None
     with open_arena(postgres, kafka) as arena:
         report = Report({**arena.conditions(), "repeat": repeat, "quick": quick})
-        steps = _plan(arena, report, scenarios or (*DRAINS, *OTHERS), peers or NAMES, repeat, quick=quick)
+        steps = _plan(arena, report, scenarios or (*DRAINS, *OTHERS), peers or BY_DEFAULT, repeat, quick=quick)
         try:
             _carry_out(steps, console)
         except Incomplete as error:  # what was measured before it still counts

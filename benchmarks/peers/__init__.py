@@ -36,6 +36,8 @@ class Peer(Protocol):
 #: name -> module and class; adding a peer is a file and a line
 _PEERS: Final[Mapping[str, tuple[str, str]]] = {
     "cdc-outbox": ("benchmarks.peers.relay", "Relay"),
+    "cdc-outbox traced": ("benchmarks.peers.traced", "Traced"),
+    "cdc-outbox traced 1 %": ("benchmarks.peers.traced", "TracedSampled"),
     "pg_recvlogical": ("benchmarks.peers.recvlogical", "RecvLogical"),
     "polling relay": ("benchmarks.peers.poller", "Poller"),
     "mq-bridge": ("benchmarks.peers.mq_bridge", "MqBridge"),
@@ -44,6 +46,8 @@ _PEERS: Final[Mapping[str, tuple[str, str]]] = {
 }
 
 NAMES: Final = tuple(_PEERS)
+#: Tracing is slow enough to be measured only when it is asked for.
+BY_DEFAULT: Final = tuple(name for name in NAMES if "traced" not in name)
 
 
 def make_peer(name: str) -> Peer:
