@@ -33,20 +33,13 @@ COMMENT ON COLUMN cdc_outbox.settled.since IS 'What had ended in this one never 
 
 CREATE OR REPLACE FUNCTION cdc_outbox.full_xid(row_xid xid) RETURNS xid8
 LANGUAGE sql STABLE PARALLEL SAFE
--- the one that ends in these 32 bits and is not 2^31 or more away from the next one to be given
-RETURN (SELECT (pivot - ((pivot - row_xid::text::bigint) & 4294967295))::text::xid8
-          FROM (SELECT pg_snapshot_xmax(pg_current_snapshot())::text::bigint + 2147483648) AS around (pivot));
+-- The one that ends in these 32 bits and is not 2^31 or more away from the next one to be given. Without a subquery, so
+-- that the planner can put it in place of the call.
+RETURN ((pg_snapshot_xmax(pg_current_snapshot())::text::bigint + 2147483648)
+        - ((pg_snapshot_xmax(pg_current_snapshot())::text::bigint + 2147483648 - row_xid::text::bigint) & 4294967295)
+       )::text::xid8;
 
-CREATE OR REPLACE FUNCTION cdc_outbox.settled_at(of_slot text, row_xid xid) RETURNS timestamptz
-LANGUAGE sql STABLE PARALLEL SAFE
-RETURN (SELECT CASE WHEN NOT pg_visible_in_snapshot(cdc_outbox.full_xid(row_xid), first.since) THEN first.settled_at END
-          FROM (SELECT since, settled_at FROM cdc_outbox.settled
-                 WHERE slot = of_slot AND pg_snapshot_xmin(snapshot) > cdc_outbox.full_xid(row_xid)
-                   AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
-                 ORDER BY pg_snapshot_xmin(snapshot), settled_at LIMIT 1) AS first);
-
-COMMENT ON FUNCTION cdc_outbox.settled_at(text, xid) IS
-    'By when the transaction with this xid (a row''s xmin) was settled through the slot; NULL if that is not known';
+COMMENT ON FUNCTION cdc_outbox.full_xid(xid) IS 'The 64 bits of a row''s xmin';
 
 CREATE INDEX IF NOT EXISTS dead_letter_event ON cdc_outbox.dead_letter (event_id);
 
@@ -58,17 +51,22 @@ BEGIN
     DROP VIEW IF EXISTS cdc_outbox.event_status;
     EXECUTE format($view$
         CREATE VIEW cdc_outbox.event_status AS
-        SELECT event.outbox_id, event.aggregate_id, event.event_type,
-               CASE WHEN letter.state IS NULL THEN event.settled_at IS NOT NULL ELSE letter.state = 'redriven' END
+        SELECT event.%2$I AS outbox_id, event.%3$I AS aggregate_id, event.%4$I AS event_type,
+               CASE WHEN letter.state IS NULL THEN note.settled_at IS NOT NULL ELSE letter.state = 'redriven' END
                    AS published,
-               CASE WHEN letter.state IS NULL THEN (event.settled_at IS NOT NULL)::int
+               CASE WHEN letter.state IS NULL THEN (note.settled_at IS NOT NULL)::int
                     ELSE letter.attempts + (letter.state = 'redriven')::int END AS publish_attempts,
-               CASE WHEN letter.state IS NULL THEN event.settled_at
+               CASE WHEN letter.state IS NULL THEN note.settled_at
                     WHEN letter.state = 'redriven' THEN letter.state_changed_at END AS processed_at
-          FROM (SELECT %2$I AS outbox_id, %3$I AS aggregate_id, %4$I AS event_type,
-                       cdc_outbox.settled_at(%5$L, xmin) AS settled_at FROM %1$s) AS event
+          FROM %1$s AS event
+          -- the first note that covers the row, unless it came before the slot
+          LEFT JOIN LATERAL (SELECT since, settled_at FROM cdc_outbox.settled
+                              WHERE slot = %5$L AND pg_snapshot_xmin(snapshot) > cdc_outbox.full_xid(event.xmin)
+                                AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
+                              ORDER BY pg_snapshot_xmin(snapshot), settled_at LIMIT 1) AS note
+            ON NOT pg_visible_in_snapshot(cdc_outbox.full_xid(event.xmin), note.since)
           LEFT JOIN LATERAL (SELECT state, attempts, state_changed_at FROM cdc_outbox.dead_letter
-                              WHERE event_id = event.outbox_id::text AND slot = %5$L ORDER BY id DESC LIMIT 1) AS letter
+                              WHERE event_id = event.%2$I::text AND slot = %5$L ORDER BY id DESC LIMIT 1) AS letter
             ON true
         $view$, outbox, id, aggregate_id, event_type, slot);
     EXECUTE format('COMMENT ON VIEW cdc_outbox.event_status IS %L',

@@ -50,9 +50,7 @@ def command(settings: Settings, *, as_json: bool, patience: timedelta | None) ->
 def _show_stuck(config: Config, patience: timedelta, *, as_json: bool) -> None:
     with connect(config.postgres.dsn.get_secret_value()) as connection:
         table = find_table(connection, config.outbox.table)
-        count, rows = stuck_rows(
-            connection, table, config.outbox.columns, config.postgres.slot, seconds=patience.total_seconds()
-        )
+        count, rows = stuck_rows(connection, table, config.outbox.columns, config.postgres.slot, patience=patience)
     if as_json:
         click.echo(orjson.dumps({"stuck": count, "rows": rows}))
     elif not count:

@@ -1,6 +1,6 @@
 """Pruning: deletes rows of the outbox that are known to be published, and nothing else.
 
-Known is what cdc_outbox.settled_at says (sql/0007_settled.sql). A dead letter keeps its row until it is redriven.
+Known is what settlement.py says. A dead letter keeps its row until it is redriven.
 An outbox that is partitioned by time loses whole partitions; any other loses rows, a few blocks of the table at a time,
 so that no lock and no transaction lasts. Source: PostgreSQL manual, "Table Partitioning", "System Columns" (ctid).
 """
@@ -15,6 +15,7 @@ from psycopg import sql
 
 from cdc_outbox.postgres.catalog import Table
 from cdc_outbox.postgres.connection import Connection, translated
+from cdc_outbox.postgres.settlement import Known, known_settled
 
 #: 8 kB each: some thousands of rows in a transaction, a fraction of a second.
 _BLOCKS_AT_A_TIME: Final = 128
@@ -42,28 +43,25 @@ def prune(
     Raises OperatorNeeded if the role may not (DELETE on the table and SELECT in schema cdc_outbox; of a partitioned
     table, ownership); SourceUnavailable, and then what was deleted before stays deleted.
     """
-    known = _Known(id_column, slot, older_than)
+    known = known_settled(connection, slot, for_at_least=older_than)
+    if not known:
+        return Pruned(0)
+    may_go = _may_go(known, sql.Identifier("event", id_column))
     with translated(f"pruning {table}"):
         if _is_partitioned_by_time(connection, table):
-            return _drop_partitions(connection, _past_partitions(connection, table, older_than), known, progress)
-        return Pruned(_delete_rows(connection, _leaves(connection, table), known, progress))
+            return _drop_partitions(connection, _past_partitions(connection, table, older_than), may_go, progress)
+        return Pruned(_delete_rows(connection, _leaves(connection, table), may_go, progress))
 
 
-@dataclass(frozen=True, slots=True)
-class _Known:
-    """The condition by which a row may go."""
-
-    id_column: str
-    slot: str
-    older_than: timedelta
-
-    @property
-    def condition(self) -> sql.Composed:
-        return sql.SQL(
-            "coalesce(cdc_outbox.settled_at({slot}, event.xmin) <= now() - {age}::interval AND event.{id} IS NOT NULL"
-            " AND NOT EXISTS (SELECT FROM cdc_outbox.dead_letter AS letter"
-            " WHERE letter.event_id = event.{id}::text AND letter.state <> 'redriven'), false)"
-        ).format(slot=self.slot, age=self.older_than, id=sql.Identifier(self.id_column))
+def _may_go(known: list[Known], row_id: sql.Identifier) -> sql.Composed:
+    """The condition by which a row, ``event``, may go."""
+    return sql.SQL(
+        "(({settled}) AND {id} IS NOT NULL AND NOT EXISTS (SELECT FROM cdc_outbox.dead_letter AS letter"
+        " WHERE letter.event_id = {id}::text AND letter.state <> 'redriven'))"
+    ).format(
+        settled=sql.SQL(" OR ").join(note.condition(sql.SQL("event.xmin")) for note in known),
+        id=row_id,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,13 +87,13 @@ def _leaves(connection: Connection, table: Table) -> list[_Leaf]:
     return [_Leaf(sql.Identifier(space, name), blocks) for space, name, blocks in rows]
 
 
-def _delete_rows(connection: Connection, leaves: list[_Leaf], known: _Known, progress: Progress) -> int:
+def _delete_rows(connection: Connection, leaves: list[_Leaf], may_go: sql.Composed, progress: Progress) -> int:
     total_blocks = sum(leaf.blocks for leaf in leaves)
     deleted = done_blocks = 0
     for leaf in leaves:
         statement = sql.SQL(
             "DELETE FROM ONLY {} AS event WHERE ctid >= %s::text::tid AND ctid < %s::text::tid AND {}"
-        ).format(leaf.name, known.condition)
+        ).format(leaf.name, may_go)
         for block in range(0, leaf.blocks, _BLOCKS_AT_A_TIME):
             end = min(block + _BLOCKS_AT_A_TIME, leaf.blocks)
             deleted += connection.execute(statement, [f"({block},0)", f"({end},0)"]).rowcount
@@ -139,14 +137,14 @@ def _past_partitions(connection: Connection, table: Table, older_than: timedelta
 
 
 def _drop_partitions(
-    connection: Connection, partitions: list[sql.Identifier], known: _Known, progress: Progress
+    connection: Connection, partitions: list[sql.Identifier], may_go: sql.Composed, progress: Progress
 ) -> Pruned:
     rows = 0
     dropped: list[str] = []
     busy: list[str] = []
     for done, partition in enumerate(partitions, start=1):
         try:
-            count = _drop(connection, partition, known)
+            count = _drop(connection, partition, may_go)
         except psycopg.errors.LockNotAvailable:
             busy.append(partition.as_string(connection))
         else:
@@ -157,26 +155,26 @@ def _drop_partitions(
     return Pruned(rows, tuple(dropped), tuple(busy))
 
 
-def _drop(connection: Connection, partition: sql.Identifier, known: _Known) -> int:
+def _drop(connection: Connection, partition: sql.Identifier, may_go: sql.Composed) -> int:
     """Drop it if all of its rows may go; how many there were, 0 if it stays (an empty one does too)."""
-    if not _rows_if_all_may_go(connection, partition, known):
+    if not _rows_if_all_may_go(connection, partition, may_go):
         return 0
     with connection.transaction():
         connection.execute(sql.SQL("SET LOCAL lock_timeout = {}").format(_LOCK_TIMEOUT))
         connection.execute(sql.SQL("LOCK TABLE ONLY {} IN SHARE ROW EXCLUSIVE MODE").format(partition))
         # Once more, now that nobody can write to it; the look before kept most of the time out of the lock.
-        count = _rows_if_all_may_go(connection, partition, known)
+        count = _rows_if_all_may_go(connection, partition, may_go)
         if count:
             connection.execute(sql.SQL("DROP TABLE {}").format(partition))
     return count
 
 
-def _rows_if_all_may_go(connection: Connection, partition: sql.Identifier, known: _Known) -> int:
+def _rows_if_all_may_go(connection: Connection, partition: sql.Identifier, may_go: sql.Composed) -> int:
     query = sql.SQL("SELECT count(*) FILTER (WHERE {}), count(*) FROM ONLY {} AS event")
-    row = connection.execute(query.format(known.condition, partition)).fetchone()
+    row = connection.execute(query.format(may_go, partition)).fetchone()
     assert row is not None
-    may_go, total = row
-    return int(total) if may_go == total else 0
+    going, total = row
+    return int(total) if going == total else 0
 
 
 def _quoted(table: Table, connection: Connection) -> str:

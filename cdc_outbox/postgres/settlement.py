@@ -8,6 +8,7 @@ Source: PostgreSQL manual, "Transaction ID and Snapshot Information Functions".
 
 import time
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Final
 
 from psycopg import sql
@@ -131,6 +132,37 @@ def begin_sql(slot: str) -> sql.Composed:
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """What a note tells: transactions older than ``before`` that had not ended in ``since`` are settled."""
+
+    before: str
+    since: str
+
+    def condition(self, xmin: sql.Composable) -> sql.Composed:
+        """Whether the row with this xmin is one of theirs."""
+        return sql.SQL(
+            "(cdc_outbox.full_xid({xmin}) < {before}::text::xid8"
+            " AND NOT pg_visible_in_snapshot(cdc_outbox.full_xid({xmin}), {since}::pg_snapshot))"
+        ).format(xmin=xmin, before=self.before, since=self.since)
+
+
+def known_settled(connection: Connection, slot: str, *, for_at_least: timedelta) -> list[Known]:
+    """Of every run of the slot (it may have been made anew) the furthest note that is so old."""
+    with translated("reading cdc_outbox.settled"):
+        rows = connection.execute(
+            """
+            SELECT DISTINCT ON (since::text) pg_snapshot_xmin(snapshot)::text, since::text
+              FROM cdc_outbox.settled
+             WHERE slot = %s AND settled_at <= now() - %s
+               AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
+             ORDER BY since::text, pg_snapshot_xmin(snapshot) DESC
+            """,
+            [slot, for_at_least],
+        ).fetchall()
+    return [Known(*row) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
 class StuckRow:
     outbox_id: str
     aggregate_id: str
@@ -140,9 +172,9 @@ class StuckRow:
 
 
 def stuck_rows(
-    connection: Connection, table: Table, columns: ColumnsConfig, slot: str, *, seconds: float
+    connection: Connection, table: Table, columns: ColumnsConfig, slot: str, *, patience: timedelta
 ) -> tuple[int, list[StuckRow]]:
-    """Rows committed longer ago than ``seconds`` that the relay should have settled and has not: how many, and the
+    """Rows committed longer ago than ``patience`` that the relay should have settled and has not: how many, and the
     oldest of them.
 
     Rows from before the slot, and those that became dead letters, are not stuck. Needs SELECT on the table.
@@ -150,28 +182,29 @@ def stuck_rows(
     with translated(f"looking for stuck rows in {table}"):
         tracked = connection.execute("SELECT current_setting('track_commit_timestamp')::bool").fetchone() == (True,)
         if tracked:
-            since = sql.SQL("pg_xact_commit_timestamp(event.xmin)")
+            committed = sql.SQL("pg_xact_commit_timestamp(event.xmin)")
         elif "created_at" in table.columns:
-            since = sql.SQL("event.created_at::timestamptz")
+            committed = sql.SQL("event.created_at::timestamptz")
         else:
-            since = sql.SQL("NULL::timestamptz")
+            committed = sql.SQL("NULL::timestamptz")
         rows = connection.execute(
             sql.SQL(
                 """
                 WITH latest AS (
-                    SELECT since, taken_at FROM cdc_outbox.settled
+                    SELECT pg_snapshot_xmin(snapshot) AS before, since, taken_at
+                      FROM cdc_outbox.settled
                      WHERE slot = {slot}
                        AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
                      ORDER BY pg_snapshot_xmax(snapshot) DESC, settled_at DESC LIMIT 1)
                 SELECT count(*) OVER (), {id}::text, {aggregate_id}::text, {event_type}::text,
-                       extract(epoch FROM now() - {since})::float8
+                       extract(epoch FROM now() - {committed})::float8
                   FROM latest, {table} AS event
                  WHERE latest.taken_at < now() - {patience}
-                   AND coalesce({since} < now() - {patience}, true)
-                   AND cdc_outbox.settled_at({slot}, event.xmin) IS NULL
+                   AND coalesce({committed} < now() - {patience}, true)
+                   AND cdc_outbox.full_xid(event.xmin) >= latest.before
                    AND NOT pg_visible_in_snapshot(cdc_outbox.full_xid(event.xmin), latest.since)
                    AND NOT EXISTS (SELECT FROM cdc_outbox.dead_letter WHERE event_id = event.{id}::text)
-                 ORDER BY {since} NULLS FIRST
+                 ORDER BY {committed} NULLS FIRST
                  LIMIT {most}
                 """
             ).format(
@@ -180,8 +213,8 @@ def stuck_rows(
                 id=sql.Identifier(columns.id),
                 aggregate_id=sql.Identifier(columns.aggregate_id),
                 event_type=sql.Identifier(columns.event_type),
-                since=since,
-                patience=sql.SQL("make_interval(secs => {})").format(seconds),
+                committed=committed,
+                patience=sql.SQL("{}::interval").format(patience),
                 most=MOST_STUCK_SHOWN,
             )
         ).fetchall()

@@ -15,7 +15,8 @@ def statements(section: str, number: int) -> str:
     """The section's SQL blocks, by number."""
     text = re.search(rf"^#+ {section}\n(.*?)(?=^#+ |\Z)", _RUNBOOK.read_text(), re.MULTILINE | re.DOTALL)
     assert text
-    return re.findall(r"```sql\n(.*?)```", text[1], re.DOTALL)[number]
+    blocks: list[str] = re.findall(r"```sql\n(.*?)```", text[1], re.DOTALL)
+    return blocks[number]
 
 
 def ids(world: World, aggregate_type: str, count: int) -> set[str | None]:

@@ -82,7 +82,7 @@ def left(world: World) -> set[str]:
 
 def stuck(world: World, *, seconds: float = 0) -> list[StuckRow]:
     table = catalog.find_table(world.db, "public.outbox")
-    count, rows = stuck_rows(world.db, table, ColumnsConfig(), world.slot, seconds=seconds)
+    count, rows = stuck_rows(world.db, table, ColumnsConfig(), world.slot, patience=timedelta(seconds=seconds))
     assert count == len(rows)
     return rows
 
