@@ -18,6 +18,7 @@ from cdc_outbox.postgres.catalog import Table
 from cdc_outbox.postgres.connection import Connection, translated
 from cdc_outbox.postgres.lsn import LSN
 
+_TAKE_EVERY_SECONDS: Final = 1.0
 _THIN_EVERY_SECONDS: Final = 600.0
 #: More rows than this nobody reads; the count says how many there are.
 MOST_STUCK_SHOWN: Final = 100
@@ -41,24 +42,42 @@ class Settlement:
         self._system_identifier = system_identifier
         self._since = self._since_when(confirmed)
         self._taken: _Taken | None = None
-        #: whether another note would tell more than the last one
-        self.is_wanted = True
-        self._thin_at = time.monotonic()
+        #: events were settled since the last snapshot
+        self._carried = True
+        #: the last snapshot may have missed something: transactions were open in it, or one that came through the log
+        #: just before (it is there a moment before a snapshot sees it as ended)
+        self._look_again = False
+        #: the oldest transaction that was open in it
+        self._xmin = ""
+        self._take_at = self._thin_at = time.monotonic()
 
-    def take(self) -> None:
-        """Take a snapshot, unless the one before waits for its LSN still."""
-        if self._taken:
-            return
+    def carried(self) -> None:
+        """Events were settled."""
+        self._carried = True
+
+    def take_if_due(self) -> bool:
+        """Take a snapshot, at most once a second, to be noted when everything before it is settled.
+
+        False if none was taken, or it tells no more than the last one.
+        """
+        if self._taken or not (self._carried or self._look_again) or time.monotonic() < self._take_at:
+            return False
+        self._take_at = time.monotonic() + _TAKE_EVERY_SECONDS
         with translated("taking a snapshot"):
             # One statement: its snapshot is taken before the function asks for the log's end.
             row = self._connection.execute(
                 "SELECT snapshot::text, pg_current_wal_insert_lsn()::text, clock_timestamp(),"
-                " pg_snapshot_xmin(snapshot) < pg_snapshot_xmax(snapshot) FROM pg_current_snapshot() AS snapshot"
+                " pg_snapshot_xmin(snapshot)::text, pg_snapshot_xmin(snapshot) < pg_snapshot_xmax(snapshot)"
+                " FROM pg_current_snapshot() AS snapshot"
             ).fetchone()
         assert row is not None
-        snapshot, lsn, at, some_are_open = row
+        snapshot, lsn, at, xmin, some_are_open = row
+        self._look_again = some_are_open or self._carried
+        if not self._carried and xmin == self._xmin:
+            return False
         self._taken = _Taken(snapshot, LSN.parse(lsn), at)
-        self.is_wanted = some_are_open
+        self._carried, self._xmin = False, xmin
+        return True
 
     def settled(self, lsn: LSN) -> None:
         """Everything up to ``lsn`` is settled: note the snapshot that waited for it."""

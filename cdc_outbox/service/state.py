@@ -152,21 +152,19 @@ class RelayState:
         """
         if not lsn:  # nothing was settled yet: the server takes no notice of it
             return
-        self._unnoted |= carried
         self._settlement.settled(lsn)
+        if carried:
+            self._unnoted = True
+            self._settlement.carried()
         now = time.monotonic()
+        is_old = self._unnoted and now - self._noted_at >= _NOTE_EVERY_SECONDS
         if last:
             self._continuity.note(self._connection, lsn, limit=lsn)
-        elif lsn > self._continuity.limit or (self._has_news and now - self._noted_at >= _NOTE_EVERY_SECONDS):
-            # The snapshot first: on an idle server it is this note's commit that takes the log past it.
-            self._settlement.take()
+        # The snapshot first: on an idle server it is the note's commit that takes the log past it.
+        elif self._settlement.take_if_due() or is_old or lsn > self._continuity.limit:
             self._continuity.note(self._connection, lsn, limit=LSN(lsn + HEADROOM_BYTES))
             self._noted_at, self._unnoted = now, False
         self._continuity.confirmed(lsn)
-
-    @property
-    def _has_news(self) -> bool:
-        return self._unnoted or self._settlement.is_wanted
 
 
 def stopped_by(letter: DeadLetter) -> PoisonEvent:

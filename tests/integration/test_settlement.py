@@ -12,8 +12,12 @@ from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.errors import OperatorNeeded
 from cdc_outbox.postgres import catalog, pruning
 from cdc_outbox.postgres.connection import connect
+from cdc_outbox.postgres.continuity import Continuity
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.settlement import Settlement, StuckRow, stuck_rows
+from cdc_outbox.postgres.stream import ReplicationStream
+from cdc_outbox.service.metrics import Metrics
+from cdc_outbox.service.state import RelayState
 from support.world import World
 
 NOW = timedelta(0)
@@ -59,9 +63,15 @@ def end_of_log(world: World) -> LSN:
     return LSN.parse(row[0])
 
 
+def take(session: Settlement) -> None:
+    session._take_at = 0  # a second is over
+    session.carried()
+    assert session.take_if_due()
+
+
 def settle(session: Settlement, world: World) -> None:
     """As if the relay had published all there is."""
-    session.take()
+    take(session)
     session.settled(end_of_log(world))
 
 
@@ -90,7 +100,7 @@ def stuck(world: World, *, seconds: float = 0) -> list[StuckRow]:
 def test_what_was_settled_is_published_and_pruned(migrated: World) -> None:
     insert(migrated.db, "before")
     session = settlement(migrated)
-    session.take()
+    take(session)
     insert(migrated.db, "after")
     session.settled(end_of_log(migrated))
     assert published(migrated) == {"before"}
@@ -103,7 +113,7 @@ def test_a_snapshot_is_noted_when_its_lsn_is_settled_and_not_before(migrated: Wo
     insert(migrated.db, "one")
     session = settlement(migrated)
     before = migrated.confirmed_lsn()
-    session.take()
+    take(session)
     session.settled(before)
     assert published(migrated) == set()
     session.settled(end_of_log(migrated))
@@ -116,12 +126,10 @@ def test_rows_of_a_transaction_in_flight_are_unknown_until_it_is_settled(migrate
         insert(long_running, "early in a long transaction")
         insert(migrated.db, "beside it")
         settle(session, migrated)
-        assert session.is_wanted
         insert(long_running, "late in a long transaction")
         long_running.commit()
     assert prune(migrated).rows == 0  # the one beside it is published, but that cannot be told from a subtransaction
     settle(session, migrated)
-    assert not session.is_wanted
     assert prune(migrated).rows == 3
 
 
@@ -255,6 +263,57 @@ def test_stuck_rows_are_those_committed_and_not_settled(migrated: World) -> None
     assert 0 <= row.seconds < 60
     settle(session, migrated)
     assert stuck(migrated) == []
+
+
+def test_what_was_settled_while_a_snapshot_waited_is_noted_too(
+    migrated: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdc_outbox.postgres.settlement._TAKE_EVERY_SECONDS", 0)
+    continuity = Continuity(migrated.slot)
+    with ReplicationStream(migrated.dsn) as stream:
+        continuity.check(stream.connection)
+    confirmed = migrated.confirmed_lsn()
+    state = RelayState(migrated.db, continuity, Metrics(), slot=migrated.slot, confirmed=confirmed, on_poison="stop")
+    insert(migrated.db, "before the snapshot")
+    state.confirming(confirmed, carried=True)
+    insert(migrated.db, "while it waits")
+    state.confirming(confirmed, carried=True)
+    state.confirming(end_of_log(migrated), carried=False)
+    assert published(migrated) == {"before the snapshot"}
+    state.confirming(end_of_log(migrated), carried=False)
+    assert published(migrated) == {"before the snapshot", "while it waits"}
+    notes = "SELECT count(*) FROM cdc_outbox.settled"
+    state.confirming(end_of_log(migrated), carried=False)  # a second look
+    state.confirming(end_of_log(migrated), carried=False)
+    before = migrated.db.execute(notes).fetchone()
+    for _ in range(3):
+        state.confirming(end_of_log(migrated), carried=False)
+    assert migrated.db.execute(notes).fetchone() == before  # an idle relay has nothing to add
+
+
+def test_a_snapshot_is_taken_when_it_tells_more_than_the_last(migrated: World) -> None:
+    session = settlement(migrated)
+    settle(session, migrated)
+    for _ in range(2):
+        session._take_at = 0
+        session.take_if_due()  # a second look at what had just come, which sees our own note end
+        session.settled(end_of_log(migrated))
+    session._take_at = 0
+    assert not session.take_if_due()  # nothing was open, and nothing has come since
+    with another_session(migrated) as long_running:
+        insert(long_running, "one")
+        insert(migrated.db, "beside it")
+        settle(session, migrated)
+        assert published(migrated) == set()
+        session._take_at = 0
+        assert not session.take_if_due()  # it is still open
+        long_running.commit()
+        assert not session.take_if_due()  # it is not a second ago
+        session._take_at = 0
+        assert session.take_if_due()
+        assert not session.take_if_due()  # that one waits
+    session.settled(end_of_log(migrated))
+    assert published(migrated) == {"one", "beside it"}
 
 
 def test_old_notes_are_thinned_and_say_the_same_a_little_later(migrated: World) -> None:
