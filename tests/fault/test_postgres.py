@@ -203,7 +203,7 @@ def test_required_column_dropped(stage: Stage) -> None:
     relay = stage.start_relay()
     event_id = stage.world.insert(stage.aggregate_types[0])
     stage.world.wait_until_confirmed()
-    stage.world.db.execute("ALTER TABLE outbox DROP COLUMN event_type")
+    stage.world.db.execute("ALTER TABLE outbox DROP COLUMN event_type CASCADE")
     before = stage.world.current_lsn()
     stage.world.db.execute("INSERT INTO outbox (aggregate_id) VALUES ('a')")
     seconds = stage.ends_with(relay, "table public.outbox has no column 'event_type', wanted for event_type")
