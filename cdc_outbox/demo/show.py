@@ -4,6 +4,7 @@ Everything is entered on one exit stack: however the show ends, what it started 
 """
 
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -148,6 +149,11 @@ def _own_database(dsn: str, name: str) -> Iterator[None]:
         connection.execute(sql.SQL("CREATE DATABASE {}").format(database))
     try:
         yield
+    except BaseException as error:
+        # A connection that Ctrl-C interrupted in its making is held by the traceback, and its session waits for us, a
+        # minute long. DROP DATABASE waits for every session of the server.
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         with connect(dsn) as connection:
             connection.execute(
