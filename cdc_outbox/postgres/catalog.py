@@ -31,6 +31,11 @@ class Table:
     def __str__(self) -> str:
         return f"{self.namespace}.{self.name}"
 
+    @property
+    def identifier(self) -> sql.Identifier:
+        """Quoted, for statements."""
+        return sql.Identifier(self.namespace, self.name)
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -127,7 +132,7 @@ def check_publication(connection: Connection, publication: str, table: Table) ->
             hint=f"ALTER PUBLICATION {name} SET (publish = 'insert')",
         )
     if listed is None:
-        qualified = sql.Identifier(table.namespace, table.name).as_string()
+        qualified = table.identifier.as_string()
         raise OperatorNeeded(
             f"publication {publication!r} does not list table {table}",
             hint=f"ALTER PUBLICATION {name} ADD TABLE {qualified} (for a partitioned table also "

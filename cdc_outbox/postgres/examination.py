@@ -211,7 +211,7 @@ def examine_role(connection: Connection, table: Table) -> Findings:
 
 
 def _examine_reading(connection: Connection, role: str, table: Table) -> Findings:
-    qualified = sql.Identifier(table.namespace, table.name).as_string()
+    qualified = table.identifier.as_string()
     (reads,) = _row(
         connection,
         "looking up rights to the outbox",

@@ -7,7 +7,7 @@ the application brings that table or publication itself.
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -183,14 +183,7 @@ def _heard_tables_listed(connection: Connection, publication: str) -> set[str] |
 def _view_steps(connection: Connection, target: Target, *, table_is_made: bool) -> list[Step]:
     """The view of this outbox and slot, unless it is there. Raises OperatorNeeded if a column is missing."""
     columns = [target.columns.id, target.columns.aggregate_id, target.columns.event_type]
-    if table_is_made:
-        name = sql.Identifier("public", "outbox").as_string(connection)
-    else:
-        table = find_table(connection, target.table)
-        name = sql.Identifier(table.namespace, table.name).as_string(connection)
-        for column in columns:
-            if column not in table.columns:
-                raise OperatorNeeded(f"table {table} has no column {column!r}", hint="map yours with outbox.columns")
+    name = _outbox_identifier(connection, target, columns, table_is_made=table_is_made).as_string(connection)
     listed = ", ".join(columns)
     described = f"Which events are known to be published: {name} ({listed}) through slot {target.slot}"
     with translated("looking up view cdc_outbox.event_status"):
@@ -205,14 +198,23 @@ def _view_steps(connection: Connection, target: Target, *, table_is_made: bool) 
 
 def _publication_script(connection: Connection, target: Target, *, table_is_made: bool) -> str:
     """For a publication that no file makes. Raises OperatorNeeded if its table neither exists nor is being made."""
-    if table_is_made:
-        table = sql.Identifier("public", "outbox")
-    else:
-        found = find_table(connection, target.table)
-        table = sql.Identifier(found.namespace, found.name)
+    table = _outbox_identifier(connection, target, [], table_is_made=table_is_made)
     create = sql.SQL("CREATE PUBLICATION {} FOR TABLE {} WITH (publish = 'insert', publish_via_partition_root);")
     tables = [table, *(sql.Identifier("cdc_outbox", name) for name in _HEARD_TABLES)]
     return create.format(sql.Identifier(target.publication), sql.SQL(", ").join(tables)).as_string(connection)
+
+
+def _outbox_identifier(
+    connection: Connection, target: Target, columns: Sequence[str], *, table_is_made: bool
+) -> sql.Identifier:
+    """The outbox, there or about to be made. Raises OperatorNeeded if it is neither, or lacks one of ``columns``."""
+    if table_is_made:
+        return sql.Identifier("public", "outbox")
+    table = find_table(connection, target.table)
+    for column in columns:
+        if column not in table.columns:
+            raise OperatorNeeded(f"table {table} has no column {column!r}", hint="map yours with outbox.columns")
+    return table.identifier
 
 
 def _script(connection: Connection, migration: Migration) -> str:

@@ -82,7 +82,7 @@ def _leaves(connection: Connection, table: Table) -> list[_Leaf]:
          WHERE c.relkind = 'r'
          ORDER BY n.nspname, c.relname
         """,
-        {"table": _quoted(table, connection)},
+        {"table": table.identifier.as_string(connection)},
     ).fetchall()
     return [_Leaf(sql.Identifier(space, name), blocks) for space, name, blocks in rows]
 
@@ -113,7 +113,7 @@ def _is_partitioned_by_time(connection: Connection, table: Table) -> bool:
            AND a.atttypid IN ('date'::regtype, 'timestamp'::regtype, 'timestamptz'::regtype)
            AND NOT EXISTS (SELECT FROM pg_partition_tree(part.partrelid) WHERE level > 1)
         """,
-        [_quoted(table, connection)],
+        [table.identifier.as_string(connection)],
     ).fetchone()
     return row is not None
 
@@ -131,7 +131,7 @@ def _past_partitions(connection: Connection, table: Table, older_than: timedelta
            AND substring(pg_get_expr(c.relpartbound, c.oid) FROM 'TO \\(''(.*)''\\)')::timestamptz <= now() - %s
          ORDER BY n.nspname, c.relname
         """,
-        [_quoted(table, connection), older_than],
+        [table.identifier.as_string(connection), older_than],
     ).fetchall()
     return [sql.Identifier(*row) for row in rows]
 
@@ -175,7 +175,3 @@ def _rows_if_all_may_go(connection: Connection, partition: sql.Identifier, may_g
     assert row is not None
     going, total = row
     return int(total) if going == total else 0
-
-
-def _quoted(table: Table, connection: Connection) -> str:
-    return sql.Identifier(table.namespace, table.name).as_string(connection)

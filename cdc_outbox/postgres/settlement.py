@@ -21,7 +21,7 @@ from cdc_outbox.postgres.lsn import LSN
 _TAKE_EVERY_SECONDS: Final = 1.0
 _THIN_EVERY_SECONDS: Final = 600.0
 #: More rows than this nobody reads; the count says how many there are.
-MOST_STUCK_SHOWN: Final = 100
+_MOST_STUCK_SHOWN: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,13 +228,13 @@ def stuck_rows(
                 """
             ).format(
                 slot=slot,
-                table=sql.Identifier(table.namespace, table.name),
+                table=table.identifier,
                 id=sql.Identifier(columns.id),
                 aggregate_id=sql.Identifier(columns.aggregate_id),
                 event_type=sql.Identifier(columns.event_type),
                 committed=committed,
                 patience=sql.SQL("{}::interval").format(patience),
-                most=MOST_STUCK_SHOWN,
+                most=_MOST_STUCK_SHOWN,
             )
         ).fetchall()
     return (rows[0][0] if rows else 0), [StuckRow(*row[1:]) for row in rows]

@@ -40,8 +40,7 @@ class ReplicationStream:
     Raises ConfigurationError, SourceUnavailable, OperatorNeeded.
     """
 
-    def __init__(self, dsn: str, *, lock_timeout_seconds: int = 0) -> None:
-        """``lock_timeout_seconds`` bounds the wait for open transactions when a slot is made; 0: not at all."""
+    def __init__(self, dsn: str) -> None:
         self._dsn = dsn
         self._slot = ""
         self.connection: Connection = connect(dsn, replication="database")
@@ -49,7 +48,6 @@ class ReplicationStream:
         self.connection.add_notice_handler(self._on_notice)
         with translated("preparing the replication session"):
             self.connection.execute(_SESSION)
-            self.connection.execute(f"SET lock_timeout = '{lock_timeout_seconds}s'")
         self._poller = select.poll()
         self._poller.register(self._pgconn.socket, select.POLLIN)
         self._watched: int | None = None
@@ -60,10 +58,15 @@ class ReplicationStream:
         #: monotonic seconds at which the server was last heard
         self.heard_at = time.monotonic()
 
-    def create_temporary_slot(self, slot: str) -> None:
-        """A slot that begins now and vanishes with this connection. Raises OperatorNeeded."""
+    def create_temporary_slot(self, slot: str, *, lock_timeout_seconds: int = 0) -> None:
+        """A slot that begins now and vanishes with this connection. Raises OperatorNeeded.
+
+        ``lock_timeout_seconds`` bounds the wait for open transactions to end; 0: not at all.
+        """
         command = sql.SQL("CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput NOEXPORT_SNAPSHOT")
         with translated("creating a temporary slot"):
+            if lock_timeout_seconds:
+                self.connection.execute(f"SET lock_timeout = '{lock_timeout_seconds}s'")
             self.connection.execute(command.format(sql.Identifier(check_slot_name(slot))))
 
     def start(self, slot: str, publication: str) -> None:

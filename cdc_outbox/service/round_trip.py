@@ -36,9 +36,9 @@ def make_round_trip(config: Config, publisher: Publisher) -> Finding:
         mend = f"kafka-topics.sh --create --topic {config.canary.topic}, or another canary.topic"
         return Finding(_CHECK, "warning", f"not tried: {error.message}", mend)
     try:
-        with ReplicationStream(config.postgres.dsn.get_secret_value(), lock_timeout_seconds=_SLOT_SECONDS) as stream:
+        with ReplicationStream(config.postgres.dsn.get_secret_value()) as stream:
             slot = f"cdc_outbox_doctor_{os.getpid()}"
-            stream.create_temporary_slot(slot)
+            stream.create_temporary_slot(slot, lock_timeout_seconds=_SLOT_SECONDS)
             stream.start(slot, config.postgres.publication)
             seconds = _carry_one(config, stream, publisher, slot)
     except CdcOutboxError as error:
