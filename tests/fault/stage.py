@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any, Final
 
 import psycopg
-from confluent_kafka import Consumer, Message, TopicPartition
 from psycopg import conninfo
 
 from cdc_outbox.demo.relay import RelayProcess
 from fault.checker import Evidence, Record, Verdict, duplicates_between, judge
 from fault.observer import Observer
+from fault.reader import read_to_the_end
 from fault.servers import Servers
 from fault.writer import Event, Writer
 from support.waiting import wait_until
@@ -309,46 +309,6 @@ def _first_texts(insert: bytes, count: int) -> list[str]:
         texts.append(insert[at + 5 : at + 5 + length].decode())
         at += 5 + length
     return texts
-
-
-def _record(message: Message) -> Record:
-    headers: list[tuple[str, Any]] = list(message.headers() or [])  # type: ignore[arg-type] # never a dict on receipt
-    names = dict(headers)
-    key = message.key() or b""
-    return Record(
-        event_id=names["id"].decode(),
-        aggregate=(str(message.topic()), key.decode() if isinstance(key, bytes) else key),
-        appended_at=message.timestamp()[1] / 1000,
-        redriven="cdc-outbox-redriven" in names,
-    )
-
-
-def read_to_the_end(bootstrap_servers: str, topics: list[str]) -> list[Record]:
-    """All records that are there now, those of each partition in their order."""
-    consumer = Consumer({"bootstrap.servers": bootstrap_servers, "group.id": "reader", "enable.auto.commit": False})
-    records: list[Record] = []
-    try:
-        metadata = consumer.list_topics(timeout=10).topics
-        places = [TopicPartition(topic, number, 0) for topic in topics for number in metadata[topic].partitions]
-        ends = {
-            (place.topic, place.partition): consumer.get_watermark_offsets(place, timeout=10)[1] for place in places
-        }
-        open_ends = {place: end for place, end in ends.items() if end}
-        consumer.assign([place for place in places if (place.topic, place.partition) in open_ends])
-
-        def complete() -> bool:
-            for message in consumer.consume(10_000, timeout=0.2):
-                assert not message.error(), message.error()
-                records.append(_record(message))
-                place = (str(message.topic()), int(message.partition() or 0))
-                if int(message.offset() or 0) + 1 >= open_ends.get(place, 0):
-                    open_ends.pop(place, None)
-            return not open_ends
-
-        wait_until(complete, "the ends of all partitions", timeout_seconds=60)
-    finally:
-        consumer.close()
-    return records
 
 
 @contextmanager

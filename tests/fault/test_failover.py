@@ -18,7 +18,8 @@ from cdc_outbox.demo.postgres import EmbeddedPostgres
 from cdc_outbox.demo.relay import RelayProcess
 from cdc_outbox.demo.stack import running, server_folder
 from fault.checker import Evidence, judge
-from fault.stage import Incident, Outcome, read_to_the_end, reconnected
+from fault.reader import read_to_the_end
+from fault.stage import Incident, Outcome, reconnected
 from fault.writer import Writer
 from support import command
 from support.waiting import wait_until

@@ -21,7 +21,8 @@ from fault.mock_kafka import (
     MockKafka,
     mock_kafka,
 )
-from fault.stage import Stage, peak_rss_mb, read_to_the_end
+from fault.reader import read_to_the_end
+from fault.stage import Stage, peak_rss_mb
 from support import command
 from support.waiting import wait_until
 from support.world import create_topic
