@@ -1,11 +1,12 @@
 """Fixtures shared by the integration and acceptance tests. README.md in this folder says how to run them."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import cache
 
 import pytest
 
-from support.services import OTHER_POSTGRES, installed_postgres_dsn, kafka_bootstrap_servers, postgres_dsn
+from support.services import OTHER_POSTGRES, kafka_bootstrap_servers, other_postgres_dsn, postgres_dsn
 from support.world import World, make_world
 
 
@@ -28,13 +29,10 @@ def kafka() -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def other_postgres() -> Iterator[dict[str, str]]:
-    """DSNs of the other versions installed here, started when first asked for, by version."""
+def other_postgres() -> Iterator[Callable[[str], str]]:
+    """The DSN of another version's server, which is started when it is first asked for."""
     with ExitStack() as stack:
-        yield {
-            program.parent.parent.name: stack.enter_context(installed_postgres_dsn(program))
-            for program in OTHER_POSTGRES
-        }
+        yield cache(lambda version: stack.enter_context(other_postgres_dsn(version)))
 
 
 @pytest.fixture
@@ -43,12 +41,12 @@ def world(postgres: str, kafka: str) -> Iterator[World]:
         yield made
 
 
-@pytest.fixture(params=["default", *(program.parent.parent.name for program in OTHER_POSTGRES)])
+@pytest.fixture(params=["default", *OTHER_POSTGRES])
 def every_world(request: pytest.FixtureRequest, kafka: str) -> Iterator[World]:
-    """The same test on every PostgreSQL that is here."""
+    """The same test on every PostgreSQL that the README names."""
     if request.param == "default":
         dsn = request.getfixturevalue("postgres")
     else:
-        dsn = request.getfixturevalue("other_postgres")[request.param]
+        dsn = request.getfixturevalue("other_postgres")(request.param)
     with make_world(dsn, kafka) as made:
         yield made

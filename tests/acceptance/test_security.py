@@ -14,15 +14,15 @@ from acceptance.conftest import StartRelay
 from cdc_outbox.demo.postgres import EmbeddedPostgres
 from cdc_outbox.demo.stack import running, server_folder
 from support import command
-from support.services import OTHER_POSTGRES
+from support.services import OTHER_POSTGRES, debian_programs
 from support.tls import Certificates, make_certificates, tls_in_front_of
 from support.world import World, headers_of, make_world
 
 
-@pytest.fixture(params=["proxy", *(program.parent.parent.name for program in OTHER_POSTGRES)])
+@pytest.fixture(params=["proxy", *filter(debian_programs, OTHER_POSTGRES)])
 def world(request: pytest.FixtureRequest, kafka: str) -> Iterator[World]:
     """Its DSN verifies the server's certificate. By a proxy before the server at hand, which was built without TLS,
-    and on every server here that has it.
+    and on every server of Debian's here, which has it.
     """
     with ExitStack() as stack:
         certificates = make_certificates(stack.enter_context(server_folder()))
@@ -45,8 +45,7 @@ def make_tls_server(stack: ExitStack, version: str, certificates: Certificates) 
         shutil.chown(certificates.key, "nobody")  # whom the server runs as then
     folder = stack.enter_context(server_folder())
     settings = {"ssl": "on", "ssl_cert_file": str(certificates.certificate), "ssl_key_file": str(certificates.key)}
-    program = next(program for program in OTHER_POSTGRES if program.parent.parent.name == version)
-    return EmbeddedPostgres(folder / "postgres", bin_folder=program.parent, settings=settings)
+    return EmbeddedPostgres(folder / "postgres", bin_folder=debian_programs(version), settings=settings)
 
 
 def test_events_flow_over_verified_tls(world: World, start_relay: StartRelay) -> None:

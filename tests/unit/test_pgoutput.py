@@ -26,7 +26,7 @@ def with_tag(golden: list[bytes], tag: bytes) -> list[bytes]:
 
 
 def test_golden_versions() -> None:
-    assert [path.stem for path in GOLDEN] == ["15", "18"]
+    assert [path.stem for path in GOLDEN] == ["14", "15", "16", "17", "18"]
 
 
 def test_golden_relation(golden: list[bytes]) -> None:
@@ -63,7 +63,7 @@ def test_golden_inserts(golden: list[bytes]) -> None:
 def test_golden_transactions(golden: list[bytes]) -> None:
     begins = [pgoutput.read_begin(frame) for frame in with_tag(golden, b"B")]
     commits = [pgoutput.read_commit(frame) for frame in with_tag(golden, b"C")]
-    assert len(begins) == len(commits) == 4
+    assert len(begins) == len(commits) >= 4, "14 sends transactions without events too"
     for (begin_lsn, commit_time_ms), (wal_end, commit_lsn, end_lsn) in zip(begins, commits, strict=True):
         assert begin_lsn == commit_lsn < end_lsn <= wal_end
         assert 1_700_000_000_000 < commit_time_ms < 2_500_000_000_000  # this century, in milliseconds
