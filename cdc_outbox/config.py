@@ -4,14 +4,24 @@ Unknown keys and bad values are errors that name the key, the value and what is 
 Knows no driver: whether a DSN or a librdkafka key is right is found out at its edge.
 """
 
+import json
 import os
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SecretStr,
+    ValidationError,
+    field_validator,
+)
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from cdc_outbox.errors import ConfigurationError
 
@@ -66,16 +76,43 @@ class KafkaConfig(_Section):
         return self.bootstrap_servers
 
 
-class ColumnsConfig(_Section):
-    id: str = "id"
-    aggregate_type: str = "aggregate_type"
-    aggregate_id: str = "aggregate_id"
-    event_type: str = "event_type"
-    payload: str = "payload"
-    headers: str = "headers"
+def _read_names(value: Any) -> Any:
+    """One name, or a list of them; in a variable the list is written as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value) if value.startswith("[") else [value] if value else []
+    except json.JSONDecodeError as error:
+        raise ValueError('wanted a name, or a list of names as JSON, e.g. ["a", "b"]') from error
 
-    def mapping(self) -> dict[str, str]:
-        """Field to column; without the fields that nobody mapped and that may be missing."""
+
+#: Columns of one field, the first that the table has: older rows may have been written under another name.
+Names = Annotated[
+    tuple[str, ...],
+    NoDecode,
+    BeforeValidator(_read_names),
+    Field(min_length=1),
+    PlainSerializer(lambda names: names[0] if len(names) == 1 else names, when_used="json"),
+]
+
+
+class ColumnsConfig(_Section):
+    id: Names = ("id",)
+    aggregate_type: Names = ("aggregate_type",)
+    aggregate_id: Names = ("aggregate_id",)
+    event_type: Names = ("event_type",)
+    payload: Names = ("payload",)
+    headers: Names = ("headers",)
+
+    def of(self, table_columns: Collection[str]) -> dict[str, str]:
+        """Field to the column that a table has for it; where it has none, to the first that could be."""
+        return {
+            field: next((name for name in names if name in table_columns), names[0])
+            for field, names in self.model_dump().items()
+        }
+
+    def mapping(self) -> dict[str, tuple[str, ...]]:
+        """Field to columns; without the fields that nobody mapped and that may be missing."""
         columns = self.model_dump()
         if "headers" not in self.model_fields_set:
             del columns["headers"]
@@ -85,6 +122,8 @@ class ColumnsConfig(_Section):
 class OutboxConfig(_Section):
     table: str = "public.outbox"
     columns: ColumnsConfig = ColumnsConfig()
+    #: tables that the publication lists one by one and that hold no events
+    ignore_tables: Annotated[tuple[str, ...], NoDecode, BeforeValidator(_read_names)] = ()
 
 
 OnPoison = Literal["stop", "dead-letter"]
@@ -230,7 +269,9 @@ def _how_to_set(key: str) -> str:
 def redacted(config: Config) -> dict[str, Any]:
     """Every key, dotted, with its value; secrets as ***."""
     return {
-        key: "***" if is_secret(key) else value for key, value in _dotted(config.model_dump(), "") if value is not None
+        key: "***" if is_secret(key) else value
+        for key, value in _dotted(config.model_dump(mode="json"), "")
+        if value is not None
     }
 
 

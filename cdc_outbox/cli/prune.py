@@ -29,7 +29,7 @@ def command(settings: Settings, *, older_than: timedelta) -> None:
             pruned = prune(
                 connection,
                 table,
-                config.outbox.columns.id,
+                config.outbox.columns.of(table.columns)["id"],
                 config.postgres.slot,
                 older_than=older_than,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),

@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack, closing
 from datetime import UTC, datetime
 from typing import Final
 
@@ -11,16 +12,20 @@ import orjson
 
 from cdc_outbox.cli.main import Settings
 from cdc_outbox.errors import BrokenInvariant, CdcOutboxError
+from cdc_outbox.postgres.connection import connect_bounded
+from cdc_outbox.postgres.server import check_same_server
 from cdc_outbox.postgres.stream import ReplicationStream
-from cdc_outbox.relay.router import Headers, TopicTemplate
+from cdc_outbox.relay.router import Headers, Routing, TopicTemplate
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.metrics import Metrics
-from cdc_outbox.service.preflight import prepare_router
+from cdc_outbox.service.preflight import prepare_route
 from cdc_outbox.service.session import Session
-from cdc_outbox.service.shutdown import Shutdown
+from cdc_outbox.service.shutdown import Shutdown, ShutdownRequested
 from cdc_outbox.service.state import Stateless
 
 _SHUTDOWN_SECONDS: Final = 5.0
+#: A slot can begin only when the transactions that are open have ended: how long each may take.
+_SLOT_SECONDS: Final = 30
 
 
 @click.command()
@@ -29,21 +34,30 @@ _SHUTDOWN_SECONDS: Final = 5.0
 def command(settings: Settings, *, as_json: bool) -> None:
     """Print events as they commit, until Ctrl-C.
 
-    Reads through a temporary slot that vanishes with the connection; the real slot is not touched.
+    Reads through a temporary slot that vanishes with the connection; the real slot is not touched. It begins when the
+    transactions that are open have ended.
     """
     config = settings.config
     topic = TopicTemplate(config.kafka.topic, config.kafka.topic_pattern)
     shutdown = Shutdown(_SHUTDOWN_SECONDS)
     shutdown.install()
+    dsn = config.postgres.dsn.get_secret_value()
+    slot = f"cdc_outbox_tail_{os.getpid()}"
     try:
-        with ReplicationStream(config.postgres.dsn.get_secret_value()) as stream:
-            router = prepare_router(config, stream.connection, topic, require_topic=lambda _: None)
-            slot = f"cdc_outbox_tail_{os.getpid()}"
-            stream.create_temporary_slot(slot)
-            stream.start(slot, config.postgres.publication)
+        with ExitStack() as stack:
+            with shutdown.interrupting():
+                stream = stack.enter_context(ReplicationStream(dsn))
+                with closing(connect_bounded(dsn, application_name="cdc-outbox tail")) as connection:
+                    check_same_server(connection, stream.identify())
+                    route = prepare_route(config, connection, topic, require_topic=lambda _: None)
+                stream.create_temporary_slot(slot, lock_timeout_seconds=_SLOT_SECONDS)
+                stream.start(slot, config.postgres.publication)
             metrics = Metrics()
             printer = _Printer(as_json=as_json)
-            Session(stream, printer, [router], Stateless(), shutdown, Health(slot, metrics), metrics).run()
+            routing = Routing([route.router], route.strays)
+            Session(stream, printer, routing, Stateless(), shutdown, Health(slot, metrics), metrics).run()
+    except ShutdownRequested:
+        return
     except BrokenPipeError:  # `tail | head`: the reader has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

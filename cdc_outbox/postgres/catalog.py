@@ -4,6 +4,7 @@ Reads system views only, never a table of the application. Works over the replic
 Source: PostgreSQL manual, "System Catalogs", "pg_replication_slots", "Replication Management Functions".
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -24,9 +25,12 @@ PLUGIN: Final = "pgoutput"
 class Table:
     """A table as the catalogue has it; ``columns`` maps name to type OID."""
 
+    oid: int
     namespace: str
     name: str
     columns: dict[str, int]
+    generated: frozenset[str] = frozenset()
+    """Columns that PostgreSQL computes."""
 
     def __str__(self) -> str:
         return f"{self.namespace}.{self.name}"
@@ -85,7 +89,7 @@ def find_table(connection: Connection, qualified_name: str) -> Table:
         try:
             rows = connection.execute(
                 """
-                SELECT n.nspname, c.relname, a.attname, a.atttypid::int8
+                SELECT c.oid::int8, n.nspname, c.relname, a.attname, a.atttypid::int8, a.attgenerated <> ''
                   FROM (SELECT parse_ident(%s)) AS given (parts)
                   JOIN pg_namespace n ON n.nspname = CASE cardinality(parts) WHEN 1 THEN 'public' ELSE parts[1] END
                   JOIN pg_class c ON c.relnamespace = n.oid AND c.relname = parts[cardinality(parts)]
@@ -105,42 +109,31 @@ def find_table(connection: Connection, qualified_name: str) -> Table:
             f"table {qualified_name} does not exist",
             hint="name yours with outbox.table; the default one is made by: cdc-outbox migrate up",
         )
-    return Table(rows[0][0], rows[0][1], {column: type_oid for _, _, column, type_oid in rows})
+    oid, namespace, name, *_ = rows[0]
+    return Table(
+        oid,
+        namespace,
+        name,
+        {column: type_oid for *_, column, type_oid, _ in rows},
+        frozenset(column for *_, column, _, is_generated in rows if is_generated),
+    )
 
 
-def check_publication(connection: Connection, publication: str, table: Table) -> list[str]:
-    """See that ``publication`` sends the inserts of ``table``; return what is wasteful about it, a line each.
-
-    Raises OperatorNeeded.
-    """
-    with translated(f"looking up publication {publication}"):
-        row = connection.execute(
-            "SELECT pubinsert, pubupdate OR pubdelete OR pubtruncate FROM pg_publication WHERE pubname = %s",
-            [publication],
-        ).fetchone()
-        if row is None:
-            raise OperatorNeeded(f"publication {publication!r} does not exist", hint=MIGRATE_HINT)
-        inserts, more_than_inserts = row
-        listed = connection.execute(
-            "SELECT 1 FROM pg_publication_tables WHERE pubname = %s AND schemaname = %s AND tablename = %s",
-            [publication, table.namespace, table.name],
-        ).fetchone()
-    name = sql.Identifier(publication).as_string()
-    if not inserts:
-        raise OperatorNeeded(
-            f"publication {publication!r} does not publish inserts",
-            hint=f"ALTER PUBLICATION {name} SET (publish = 'insert')",
-        )
-    if listed is None:
-        qualified = table.identifier.as_string()
-        raise OperatorNeeded(
-            f"publication {publication!r} does not list table {table}",
-            hint=f"ALTER PUBLICATION {name} ADD TABLE {qualified} (for a partitioned table also "
-            f"SET (publish_via_partition_root = true))",
-        )
-    if more_than_inserts:
-        return [f"publication {publication!r} publishes more than inserts; the relay ignores the rest"]
-    return []
+def read_names(connection: Connection, names: Sequence[str], key: str) -> frozenset[str]:
+    """Table names as in SQL, made whole and unquoted. Raises ConfigurationError naming ``key`` if one is none."""
+    with translated(f"reading {key}"):
+        try:
+            rows = connection.execute(
+                "SELECT CASE cardinality(parts) WHEN 1 THEN 'public.' ELSE parts[1] || '.' END"
+                " || parts[cardinality(parts)] FROM unnest(%s::text[]) AS name, parse_ident(name) AS parts",
+                [list(names)],
+            ).fetchall()
+        except psycopg.errors.InvalidParameterValue as error:
+            raise ConfigurationError(
+                f"{key} = {list(names)!r} holds what is not a table name",
+                hint='write each as in SQL: schema.table, or "Schema"."Table"',
+            ) from error
+    return frozenset(name for (name,) in rows)
 
 
 def find_slot(connection: Connection, slot: str) -> Slot | None:

@@ -6,7 +6,7 @@ those are told apart by the server's English wording, and what is not recognised
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Final
+from typing import Any, Final
 
 import psycopg
 from psycopg import conninfo
@@ -63,46 +63,54 @@ _NEEDS_OPERATOR: Final = {
 
 
 class BoundedConnection(psycopg.Connection[tuple[Any, ...]]):
-    """Gives up a server that has not answered a statement within ``ANSWER_SECONDS``, with an OperationalError.
+    """Gives up a server that has not answered a statement within ``answer_seconds``, with an OperationalError.
 
     PostgreSQL's own statement_timeout does not help when the network is what does not answer.
     """
 
-    ANSWER_SECONDS: ClassVar[float] = 6.0
+    #: None: whoever asks bounds the wait otherwise
+    answer_seconds: float | None = 6.0
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
-        return super().wait(gen, interval, self.ANSWER_SECONDS if timeout is None else timeout)
+        return super().wait(gen, interval, self.answer_seconds if timeout is None else timeout)
 
 
 def connect(dsn: str, *, application_name: str = "cdc-outbox", **parameters: str) -> Connection:
-    """An autocommit connection; ``parameters`` are libpq's.
+    """An autocommit connection, for statements that may take as long as they take; ``parameters`` are libpq's.
 
     Raises ConfigurationError for a DSN that cannot be read, SourceUnavailable, OperatorNeeded.
     """
-    # A replication connection speaks only the simple query protocol, which is what a ClientCursor uses.
     with _refusals_explained():
         return psycopg.connect(
-            connection_parameters(dsn, application_name=application_name, **parameters),
-            autocommit=True,
-            cursor_factory=psycopg.ClientCursor,
+            connection_parameters(dsn, application_name=application_name, **parameters), autocommit=True
         )
 
 
-def connect_for_state(dsn: str) -> Connection:
-    """A connection for what the relay keeps: what it commits is durable, and no lock or server holds it up for long.
+def connect_bounded(dsn: str, *, application_name: str = "cdc-outbox state") -> Connection:
+    """A connection on which no lock and no server holds us up for long, and what is committed is durable.
 
     Raises as ``connect`` does.
     """
     with _refusals_explained():
         connection = BoundedConnection.connect(
-            connection_parameters(dsn, application_name="cdc-outbox state"), autocommit=True
+            connection_parameters(dsn, application_name=application_name), autocommit=True
         )
-    with translated("preparing the state session"):
+    with translated("preparing the session"):
         connection.execute("SET statement_timeout = '5s'")
         connection.execute(
             "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
         )
     return connection
+
+
+def connect_replication(dsn: str) -> BoundedConnection:
+    """A replication connection; it speaks only the simple query protocol. Raises as ``connect`` does."""
+    with _refusals_explained():
+        return BoundedConnection.connect(
+            connection_parameters(dsn, application_name="cdc-outbox", replication="database"),
+            autocommit=True,
+            cursor_factory=psycopg.ClientCursor,
+        )
 
 
 def connection_parameters(dsn: str, *, application_name: str, **parameters: str) -> str:

@@ -13,7 +13,6 @@ And a server can be another one (restored, cloned) or have lost what it had sent
 Source: PostgreSQL manual, "pg_stat_replication_slots" (total_txns), "Streaming Replication Protocol" (IDENTIFY_SYSTEM).
 """
 
-from dataclasses import dataclass
 from typing import Final
 
 import psycopg
@@ -22,6 +21,7 @@ from psycopg import sql
 from cdc_outbox.errors import OperatorNeeded
 from cdc_outbox.postgres.connection import Connection, explain, translated
 from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.postgres.server import Server
 
 #: How far ahead of what is confirmed the limit is noted: one small write for so many bytes of WAL.
 HEADROOM_BYTES: Final = 16 * 1024 * 1024
@@ -34,15 +34,6 @@ _COUNTED: Final = """
                      coalesce(extract(epoch FROM counter.stats_reset), 0)) AS since
       FROM pg_stat_archiver AS archiver LEFT JOIN pg_stat_replication_slots AS counter ON counter.slot_name = %(slot)s
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Server:
-    """Which server this is. A standby that was promoted is the same system on another timeline."""
-
-    system_identifier: str
-    timeline: int
-    wal_end: LSN
 
 
 class Continuity:
@@ -67,12 +58,11 @@ class Continuity:
         """Up to here it may be confirmed without another `note`."""
         return self._limit
 
-    def check(self, connection: Connection) -> None:
-        """See that the slot goes on where it was left. Needs a replication connection, before streaming.
+    def check(self, connection: Connection, server: Server) -> None:
+        """See, before ``server`` is streamed from, that the slot goes on where it was left.
 
         Raises OperatorNeeded for a gap or another server.
         """
-        server = _identify(connection)
         if self._server and self._server.system_identifier != server.system_identifier:
             raise self._another_server(self._server.system_identifier, server)
         if server.wal_end < self._confirmed:
@@ -158,10 +148,3 @@ class Continuity:
     def _forget(self) -> str:
         statement = sql.SQL("DELETE FROM cdc_outbox.confirmation WHERE slot = {}").format(self._slot)
         return f"{statement.as_string()}, and start the relay again"
-
-
-def _identify(connection: Connection) -> Server:
-    with translated("identifying the server"):
-        row = connection.execute("IDENTIFY_SYSTEM").fetchone()
-    assert row is not None
-    return Server(str(row[0]), int(row[1]), LSN.parse(row[2]))

@@ -6,6 +6,7 @@ Source: PostgreSQL manual, "Replication" (settings), "pg_replication_slots", "pg
 """
 
 import time
+from collections.abc import Callable
 from typing import Any, Final
 
 from psycopg import sql
@@ -14,7 +15,10 @@ from cdc_outbox.errors import CdcOutboxError
 from cdc_outbox.findings import Finding, Findings, looked_at
 from cdc_outbox.postgres import catalog
 from cdc_outbox.postgres.catalog import Table
-from cdc_outbox.postgres.connection import Connection, connect, translated
+from cdc_outbox.postgres.connection import Connection, translated
+from cdc_outbox.postgres.publication import SentTable, wasteful
+from cdc_outbox.postgres.server import check_same_server
+from cdc_outbox.postgres.stream import ReplicationStream
 
 _IDLE_TIMEOUT_SINCE: Final = 18
 _MOST_CLOCK_SECONDS: Final = 1.0
@@ -95,21 +99,19 @@ def _examine_idle_timeout(seconds: int) -> Finding:
     return Finding("idle slots", "ok", "are kept (idle_replication_slot_timeout is 0)")
 
 
-def examine_publication(connection: Connection, publication: str, table: Table, slot: str) -> Findings:
-    """What it publishes, and whether it may be younger than what the slot has yet to read."""
-    wasteful: list[str] = []
-
-    def publishes() -> str:
-        wasteful.extend(catalog.check_publication(connection, publication, table))
-        return f"{publication!r} publishes the inserts of {table}"
-
-    finding = looked_at("publication", publishes)
-    yield finding
-    name = sql.Identifier(publication).as_string()
-    for waste in wasteful:
-        yield Finding("publication", "warning", waste, f"ALTER PUBLICATION {name} SET (publish = 'insert')")
-    if finding.state == "ok":
-        yield from _examine_age(connection, publication, slot)
+def examine_publication(connection: Connection, check: Callable[[], SentTable], slot: str) -> Findings:
+    """What is sent of the outbox, as ``check`` says, and whether what the slot has yet to read may be older than it."""
+    try:
+        sent = check()
+    except CdcOutboxError as error:
+        yield Finding("publication", "failed", error.message, error.hint)
+        return
+    publication = sent.publication
+    yield Finding("publication", "ok", f"{publication.name!r} sends every row of {sent.table}, and the columns wanted")
+    for waste in wasteful(publication):
+        mend = f"ALTER PUBLICATION {publication.identifier} SET (publish = 'insert')"
+        yield Finding("publication", "warning", waste, mend)
+    yield from _examine_age(connection, publication.name, slot)
 
 
 def _examine_age(connection: Connection, publication: str, slot: str) -> Findings:
@@ -268,9 +270,9 @@ def examine_connection(connection: Connection, dsn: str) -> Findings:
         yield Finding("pooler", "ok", "none in the way")
 
     def replication() -> str:
-        with connect(dsn, replication="database") as stream, translated("identifying the server"):
-            stream.execute("IDENTIFY_SYSTEM")
-        return "allowed (pg_hba.conf, REPLICATION)"
+        with ReplicationStream(dsn) as stream:
+            check_same_server(connection, stream.identify())
+        return "allowed (pg_hba.conf, REPLICATION), and to the same server"
 
     yield looked_at("replication connection", replication, mend="see pg_hba.conf and max_wal_senders on the server")
     yield examine_clock(connection, time.time)

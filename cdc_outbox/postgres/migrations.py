@@ -21,7 +21,6 @@ from psycopg import sql
 from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.errors import OperatorNeeded
 from cdc_outbox.postgres.catalog import (
-    check_publication,
     check_server,
     check_slot,
     create_slot_sql,
@@ -29,6 +28,7 @@ from cdc_outbox.postgres.catalog import (
     find_table,
 )
 from cdc_outbox.postgres.connection import Connection, translated
+from cdc_outbox.postgres.publication import check_publication, wasteful
 from cdc_outbox.postgres.settlement import begin_sql
 
 #: Any number, as long as every cdc-outbox uses the same one: 'cdcob' in ASCII.
@@ -149,7 +149,8 @@ def up(connection: Connection, target: Target, *, failover: bool, report: Report
             with translated(step.title):
                 connection.execute(step.script.encode())
         check_slot(connection, target.slot)
-        for waste in check_publication(connection, target.publication, find_table(connection, target.table)):
+        table = find_table(connection, target.table)
+        for waste in wasteful(check_publication(connection, target.publication, table).publication):
             report(waste)
 
 
@@ -182,7 +183,9 @@ def _heard_tables_listed(connection: Connection, publication: str) -> set[str] |
 
 def _view_steps(connection: Connection, target: Target, *, table_is_made: bool) -> list[Step]:
     """The view of this outbox and slot, unless it is there. Raises OperatorNeeded if a column is missing."""
-    columns = [target.columns.id, target.columns.aggregate_id, target.columns.event_type]
+    table = None if table_is_made else find_table(connection, target.table)
+    resolved = target.columns.of(table.columns if table else ())
+    columns = [resolved[field] for field in ("id", "aggregate_id", "event_type")]
     name = _outbox_identifier(connection, target, columns, table_is_made=table_is_made).as_string(connection)
     listed = ", ".join(columns)
     described = f"Which events are known to be published: {name} ({listed}) through slot {target.slot}"

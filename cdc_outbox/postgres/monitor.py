@@ -6,7 +6,7 @@ walsenders as long as events wait for Kafka, while it ends ordinary sessions lik
 """
 
 import select
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Final, Self
@@ -15,8 +15,8 @@ from psycopg_pool import ConnectionPool, PoolTimeout
 
 from cdc_outbox.errors import SourceUnavailable
 from cdc_outbox.postgres.canary import plant
-from cdc_outbox.postgres.catalog import Slot, check_publication, find_slot, find_table
-from cdc_outbox.postgres.connection import BoundedConnection, connect, connection_parameters, translated
+from cdc_outbox.postgres.catalog import Slot, find_slot
+from cdc_outbox.postgres.connection import BoundedConnection, Connection, connect, connection_parameters, translated
 
 _TIMEOUT_SECONDS: Final = 1.0
 
@@ -24,11 +24,11 @@ _TIMEOUT_SECONDS: Final = 1.0
 class Monitor:
     """Looks at one slot and its publication again and again; the pool connects anew when the connection was lost."""
 
-    def __init__(self, dsn: str, *, slot: str, publication: str, table: str) -> None:
+    def __init__(self, dsn: str, *, slot: str, check: Callable[[Connection], object]) -> None:
+        """``check`` raises OperatorNeeded if the publication does not serve the outbox (any more)."""
         self._dsn = dsn
         self._slot = slot
-        self._publication = publication
-        self._table = table
+        self._check = check
         self._connection: BoundedConnection | None = None
         self._pool: ConnectionPool[BoundedConnection] = ConnectionPool(
             connection_parameters(dsn, application_name="cdc-outbox monitor"),
@@ -53,7 +53,7 @@ class Monitor:
         """The slot, if there is one. Raises SourceUnavailable; OperatorNeeded if the publication does not serve it."""
         connection = self._connect()
         with self._releasing_what_broke(), translated("looking at the slot"):
-            check_publication(connection, self._publication, find_table(connection, self._table))
+            self._check(connection)
             return find_slot(connection, self._slot)
 
     def plant_canary(self) -> None:

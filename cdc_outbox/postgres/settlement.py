@@ -229,9 +229,7 @@ def stuck_rows(
             ).format(
                 slot=slot,
                 table=table.identifier,
-                id=sql.Identifier(columns.id),
-                aggregate_id=sql.Identifier(columns.aggregate_id),
-                event_type=sql.Identifier(columns.event_type),
+                **{field: sql.Identifier(column) for field, column in columns.of(table.columns).items()},
                 committed=committed,
                 patience=sql.SQL("{}::interval").format(patience),
                 most=_MOST_STUCK_SHOWN,

@@ -1,6 +1,8 @@
 """The replication stream: START_REPLICATION over psycopg's libpq wrapper, frames in, status updates out.
 
-It moves bytes; it does not decode them and does not decide what is confirmed.
+It moves bytes; it does not decode them and does not decide what is confirmed. Its connection is asked nothing: whoever
+looks at the catalogue there makes the server decode older rows by today's layout of their table, which gives garbage or
+brings the server down (PostgreSQL 18). Whoever has a question has a connection of their own.
 Never the blocking form of get_copy_data: it holds the GIL for as long as it waits, and freezes every other thread.
 Source: PostgreSQL manual, "Streaming Replication Protocol"; libpq, "Functions Associated with the COPY Command".
 """
@@ -18,9 +20,10 @@ from psycopg import pq, sql
 from psycopg.errors import lookup as error_class
 
 from cdc_outbox.errors import CdcOutboxError, ConfigurationError, OperatorNeeded, SourceUnavailable
-from cdc_outbox.postgres.connection import Connection, connect, explain, first_line, translated
+from cdc_outbox.postgres.connection import connect, connect_replication, explain, first_line, translated
 from cdc_outbox.postgres.frames import standby_status_update
 from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.postgres.server import Server
 
 #: Text output must not depend on the server's settings (PostgreSQL's own apply worker does the same). The timeout
 #: bounds how long a frozen relay keeps a standby waiting.
@@ -35,19 +38,16 @@ _SLOT_NAME: Final = re.compile(r"[a-z0-9_]{1,63}")
 
 
 class ReplicationStream:
-    """One replication connection. Usable for plain (simple-protocol) SQL until ``start``.
-
-    Raises ConfigurationError, SourceUnavailable, OperatorNeeded.
-    """
+    """One replication connection. Raises ConfigurationError, SourceUnavailable, OperatorNeeded."""
 
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
         self._slot = ""
-        self.connection: Connection = connect(dsn, replication="database")
-        self._pgconn = self.connection.pgconn
-        self.connection.add_notice_handler(self._on_notice)
+        self._connection = connect_replication(dsn)
+        self._pgconn = self._connection.pgconn
+        self._connection.add_notice_handler(self._on_notice)
         with translated("preparing the replication session"):
-            self.connection.execute(_SESSION)
+            self._connection.execute(_SESSION)
         self._poller = select.poll()
         self._poller.register(self._pgconn.socket, select.POLLIN)
         self._watched: int | None = None
@@ -58,25 +58,36 @@ class ReplicationStream:
         #: monotonic seconds at which the server was last heard
         self.heard_at = time.monotonic()
 
-    def create_temporary_slot(self, slot: str, *, lock_timeout_seconds: int = 0) -> None:
+    @property
+    def backend_pid(self) -> int:
+        """The walsender's."""
+        return self._pgconn.backend_pid
+
+    def identify(self) -> Server:
+        """The server that this stream comes from."""
+        with translated("identifying the server"):
+            row = self._connection.execute("IDENTIFY_SYSTEM").fetchone()
+        assert row is not None
+        is_standby = self._pgconn.parameter_status(b"in_hot_standby") == b"on"
+        return Server(str(row[0]), int(row[1]), LSN.parse(row[2]), is_standby)
+
+    def create_temporary_slot(self, slot: str, *, lock_timeout_seconds: int) -> None:
         """A slot that begins now and vanishes with this connection. Raises OperatorNeeded.
 
-        ``lock_timeout_seconds`` bounds the wait for open transactions to end; 0: not at all.
+        ``lock_timeout_seconds`` bounds the wait for each transaction that is open to end.
         """
         command = sql.SQL("CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput NOEXPORT_SNAPSHOT")
         with translated("creating a temporary slot"):
-            if lock_timeout_seconds:
-                self.connection.execute(f"SET lock_timeout = '{lock_timeout_seconds}s'")
-            self.connection.execute(command.format(sql.Identifier(check_slot_name(slot))))
+            self._connection.execute(f"SET lock_timeout = '{lock_timeout_seconds}s'")
+            self._connection.answer_seconds = None
+            self._connection.execute(command.format(sql.Identifier(check_slot_name(slot))))
 
     def start(self, slot: str, publication: str) -> None:
         """Raises SlotInUse while another receiver has the slot, OperatorNeeded if it is missing or lost."""
         names = sql.Literal(sql.Identifier(publication).as_string())
         command = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 (proto_version '1', publication_names {})")
-        text = command.format(sql.Identifier(check_slot_name(slot)), names).as_bytes(self.connection)
-        result = self._pgconn.exec_(text)
-        if result.status != pq.ExecStatus.COPY_BOTH:
-            raise self._explain(result, f"replication slot {slot!r} cannot be read")
+        with translated(f"replication slot {slot!r} cannot be read"):
+            self._connection.execute(command.format(sql.Identifier(check_slot_name(slot)), names))
         self._slot = slot
         self._pgconn.nonblocking = 1
         self.heard_at = time.monotonic()
@@ -173,7 +184,7 @@ class ReplicationStream:
 
     def close(self) -> None:
         self._end = None  # its traceback holds whoever was reading, down to the producer
-        self.connection.close()
+        self._connection.close()
 
     def __enter__(self) -> Self:
         return self
@@ -197,16 +208,13 @@ class ReplicationStream:
         result = self._pgconn.get_result()
         if result is None or result.status in (pq.ExecStatus.COMMAND_OK, pq.ExecStatus.COPY_IN):
             return SourceUnavailable("the server ended the replication stream")
-        return self._explain(result, "the server ended the replication stream")
-
-    def _explain(self, result: pq.abc.PGresult, what: str) -> CdcOutboxError:
         state = (result.error_field(pq.DiagnosticField.SQLSTATE) or b"").decode()
         message = first_line(result.get_error_message())
         try:
             error = error_class(state)(message)
         except KeyError:
             error = psycopg.OperationalError(message)
-        return explain(error, what)
+        return explain(error, "the server ended the replication stream")
 
 
 def check_slot_name(slot: str) -> str:

@@ -3,7 +3,7 @@
 Pure: it is handed frames and hands on records. When to read, wait, poll or confirm is `service.session`'s business.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
 from cdc_outbox.errors import CdcOutboxError, MalformedStream, OperatorNeeded, PoisonEvent
@@ -17,7 +17,7 @@ from cdc_outbox.relay.dead_letters import (
     DeadLetters,
     RedriveRequest,
 )
-from cdc_outbox.relay.router import Record, Router
+from cdc_outbox.relay.router import Record, Router, Routing
 from cdc_outbox.relay.watermark import Watermark
 
 #: A batch is closed at the first transaction end at which it has this many events, or at which a read ends.
@@ -52,13 +52,13 @@ class Pipeline:
 
     def __init__(
         self,
-        routers: Sequence[Router],
+        routing: Routing,
         publisher: Publisher,
         dead_letters: DeadLetters,
         wait_for_room: Callable[[], None],
     ) -> None:
-        """``routers``: one for each outbox; the first is the application's own."""
-        self._routers = routers
+        self._routers = routing.routers
+        self._strays = routing.strays
         #: by an Insert's head
         self._router_of: dict[bytes, Router] = {}
         self._publisher = publisher
@@ -68,6 +68,8 @@ class Pipeline:
         self._plans: dict[bytes, pgoutput.InsertFunction | None] = {}
         self._relations: dict[bytes, pgoutput.Relation] = {}
         self._read_request: dict[bytes, pgoutput.InsertReader] = {}
+        #: what Inserts that nobody routes are answered with, where they must not pass
+        self._refusals: dict[bytes, OperatorNeeded] = {}
         self._commit_time_ms = 0
         #: events of the transaction being received that are dead letters already; nearly always empty
         self._settled_ordinals: frozenset[int] = frozenset()
@@ -221,9 +223,12 @@ class Pipeline:
         head = relation.insert_head
         self._relations[head] = relation
         self._plans[head] = None
+        self._refusals.pop(head, None)
         for router in self._routers:
             if plan := router.compile(relation):
                 self._plans[head], self._router_of[head] = plan.read, router
+        if self._plans[head] is None and (refusal := self._strays.refusal(relation)):
+            self._refusals[head] = refusal
         if (relation.namespace, relation.name) == REDRIVE_REQUESTS:
             self._read_request[head] = pgoutput.compile_insert_reader(relation, ["dead_letter_id", "topic", "key"])
 
@@ -231,6 +236,8 @@ class Pipeline:
         head = frame[pgoutput.INSERT_HEAD]
         if head not in self._plans or not self.in_transaction:
             raise MalformedStream("an Insert into a relation, or with a number of columns, that was not announced")
+        if head in self._refusals:
+            raise self._refusals[head]
         if head in self._read_request:
             dead_letter_id, topic, key = self._read_request[head](frame)
             self._redrive(RedriveRequest(int(dead_letter_id), topic and topic.decode(), key))

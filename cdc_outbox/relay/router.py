@@ -8,7 +8,7 @@ Pure: whether a topic exists is asked through a function the router is given.
 
 import re
 from binascii import unhexlify
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from datetime import UTC, datetime
@@ -150,20 +150,58 @@ class _Topics(dict[tuple[bytes | None, ...], str]):
 
 @dataclass(frozen=True, slots=True)
 class Outbox:
-    """Where the events are: the table's qualified name and which of its columns holds which field.
+    """Where the events are: the table's qualified name, its OIDs, and which of its columns holds which field.
 
-    ``columns`` maps a field to a column; a field it lacks is looked for under its own name.
+    ``columns`` maps a field to columns, of which the first that is there counts: the log may hold rows from before a
+    column was renamed. A field it lacks is looked for under its own name. ``oids`` are the table's and its partitions':
+    rows come with the name that the table had when they were written, the OID stays.
     """
 
     namespace: str
     name: str
-    columns: Mapping[str, str]
+    columns: Mapping[str, tuple[str, ...]]
+    oids: frozenset[int] = frozenset()
 
-    def column(self, field: str) -> str:
-        return self.columns.get(field, field)
+    def column(self, field: str, among: Container[str]) -> str | None:
+        return next((column for column in self.candidates(field) if column in among), None)
+
+    def candidates(self, field: str) -> tuple[str, ...]:
+        return self.columns.get(field, (field,))
 
     def __str__(self) -> str:
         return f"{self.namespace}.{self.name}"
+
+
+class Strays:
+    """Inserts that nobody routes, and must not pass unseen: into a table that the publication lists one by one.
+
+    ``listed``: None if it lists no other tables than one by one, then each that comes is; else the OIDs of those.
+    ``ignored``: qualified names of tables that hold no events.
+    """
+
+    def __init__(self, listed: frozenset[int] | None = frozenset(), ignored: Container[str] = ()) -> None:
+        self._listed = listed
+        self._ignored = ignored
+
+    def refusal(self, relation: Relation) -> OperatorNeeded | None:
+        """What an Insert into ``relation`` is to be answered with; None if it may pass."""
+        if relation.namespace == "cdc_outbox" or str(relation) in self._ignored:
+            return None
+        if self._listed is not None and relation.id not in self._listed:
+            return None
+        return OperatorNeeded(
+            f"a row of table {relation} has come, which is in the publication and not outbox.table",
+            hint=f'if it holds no events: outbox.ignore_tables = ["{relation}"]; if it does, give it a relay, a '
+            "publication and a slot of its own",
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """A router for each outbox, the application's own first, and what of all else may pass."""
+
+    routers: Sequence["Router"]
+    strays: Strays
 
 
 class Router:
@@ -192,15 +230,23 @@ class Router:
         Raises OperatorNeeded naming the column that the outbox lacks or whose type cannot be a payload.
         """
         outbox = self._outbox
-        if (relation.namespace, relation.name) != (outbox.namespace, outbox.name):
+        if relation.id not in outbox.oids and (relation.namespace, relation.name) != (outbox.namespace, outbox.name):
             return None
         types = {column.name: column.type_oid for column in relation.columns}
-        check_columns(outbox, self._topic, types)
-        payload_type = types[outbox.column("payload")]
+        if field := missing_field(outbox, self._topic, types):
+            names = outbox.candidates(field)
+            raise OperatorNeeded(
+                f"rows of {relation} come without column {names[-1]!r}, wanted for {field}; they have "
+                f"{', '.join(types)}",
+                hint="rows that were written before a change keep their columns; name one that they have besides: "
+                f"outbox.columns.{field} = {[*names, '...']}",
+            )
+        payload_type = types[self._column("payload", types)]
+        check_payload_type(outbox, self._column("payload", types), payload_type)
         topic_fields = {f"topic{number}": field for number, field in enumerate(self._topic.fields)}
         fields = {**{field: field for field in REQUIRED_FIELDS}, **topic_fields}
         body = ["if {aggregate_id} is None: raise key_is_null()", f"headers = {_HEADER_CODE[self._style]}"]
-        if outbox.column("headers") in types:
+        if outbox.column("headers", types):
             fields["headers"] = "headers"
             body.append("if {headers} is not None: headers += own_headers({headers})")
         value = "{payload}"
@@ -211,7 +257,7 @@ class Router:
         # One generated function an event: with calls of reader and header maker it was 1.33 instead of 1.09 µs.
         return RowPlan(
             relation,
-            {variable: outbox.column(field) for variable, field in fields.items()},
+            {variable: self._column(field, types) for variable, field in fields.items()},
             body,
             {
                 "topics": self._topics,
@@ -221,6 +267,12 @@ class Router:
                 "cloudevents": _cloudevents_maker(self._source, _MEDIA_TYPES[payload_type]),
             },
         )
+
+    def _column(self, field: str, types: Mapping[str, int]) -> str:
+        """Of a relation that has all of them."""
+        column = self._outbox.column(field, types)
+        assert column is not None
+        return column
 
     def check(self, topic: str) -> None:
         """Raises PoisonEvent unless ``topic`` is one that may be written to, whatever ``require_topic`` raises."""
@@ -242,18 +294,19 @@ class Router:
     def _describe_row(
         self, row: Mapping[str, bytes | None], relation: Relation, frame: bytes, commit_time_ms: int
     ) -> EventDescription:
+        types = {column.name: column.type_oid for column in relation.columns}
+
         def value(field: str) -> bytes | None:
-            return row.get(self._outbox.column(field))
+            return row.get(self._outbox.column(field, types) or field)
 
         payload = value("payload")
-        types = {column.name: column.type_oid for column in relation.columns}
-        payload_type = types[self._outbox.column("payload")]
+        payload_type = types[self._column("payload", types)]
         if payload_type == _BYTEA and payload is not None:
             payload = _unhex(payload)
         # the very line that row plans run, but for NULL, which is an empty header here
         make_headers = RowPlan(
             relation,
-            {field: self._outbox.column(field) for field in ("id", "event_type", "aggregate_id")},
+            {field: self._column(field, types) for field in ("id", "event_type", "aggregate_id")},
             [f"return {_HEADER_CODE[self._style]}"],
             {"cloudevents": _cloudevents_maker(self._source, _MEDIA_TYPES[payload_type])},
         ).read
@@ -274,19 +327,15 @@ class Router:
         )
 
 
-def check_columns(outbox: Outbox, topic: TopicTemplate, types: Mapping[str, int]) -> None:
-    """See that a table with columns ``types`` (name to type OID) can serve as ``outbox``. Raises OperatorNeeded."""
+def missing_field(outbox: Outbox, topic: TopicTemplate, columns: Container[str]) -> str | None:
+    """The first field that ``outbox`` or ``topic`` wants and that none of ``columns`` holds."""
     wanted = [*REQUIRED_FIELDS, *topic.fields, *(["headers"] if "headers" in outbox.columns else [])]
-    for field in wanted:
-        column = outbox.column(field)
-        if column not in types:
-            mapped = field in outbox.columns
-            raise OperatorNeeded(
-                f"table {outbox} has no column {column!r}, wanted for {field if mapped else 'kafka.topic'}",
-                hint=f"add it, or {f'name another with outbox.columns.{field}' if mapped else 'change kafka.topic'}",
-            )
-    column = outbox.column("payload")
-    if types[column] not in _MEDIA_TYPES:
+    return next((field for field in wanted if outbox.column(field, columns) is None), None)
+
+
+def check_payload_type(outbox: Outbox, column: str, type_oid: int) -> None:
+    """Raises OperatorNeeded."""
+    if type_oid not in _MEDIA_TYPES:
         raise OperatorNeeded(
             f"column {column!r} of {outbox} cannot be a payload: its type is neither json, jsonb, text nor bytea",
             hint="change the column's type, or name another with outbox.columns.payload",

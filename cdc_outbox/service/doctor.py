@@ -5,15 +5,15 @@ for as long as it takes. PostgreSQL's and Kafka's own examinations lie with them
 """
 
 from contextlib import closing
+from functools import partial
 from itertools import chain
 
 from cdc_outbox.config import Config
 from cdc_outbox.errors import CdcOutboxError
-from cdc_outbox.findings import Finding, Findings, looked_at
+from cdc_outbox.findings import Finding, Findings
 from cdc_outbox.kafka.examination import examine_broker
 from cdc_outbox.kafka.publisher import Publisher
-from cdc_outbox.postgres import catalog
-from cdc_outbox.postgres.connection import Connection, connect
+from cdc_outbox.postgres.connection import Connection, connect_bounded
 from cdc_outbox.postgres.examination import (
     examine_connection,
     examine_publication,
@@ -21,7 +21,8 @@ from cdc_outbox.postgres.examination import (
     examine_server,
     examine_slot,
 )
-from cdc_outbox.relay.router import Outbox, TopicTemplate, check_columns
+from cdc_outbox.relay.router import TopicTemplate
+from cdc_outbox.service.preflight import check_sent, find_outbox
 from cdc_outbox.service.round_trip import make_round_trip
 
 
@@ -49,7 +50,7 @@ def examine(config: Config) -> Findings:
 
 def _examine_postgres(config: Config, dsn: str, topic: TopicTemplate) -> Findings:
     try:
-        with closing(connect(dsn)) as connection:
+        with closing(connect_bounded(dsn, application_name="cdc-outbox doctor")) as connection:
             yield from examine_connection(connection, dsn)
             yield from _examine_database(config, connection, topic)
     except CdcOutboxError as error:
@@ -60,17 +61,12 @@ def _examine_postgres(config: Config, dsn: str, topic: TopicTemplate) -> Finding
 def _examine_database(config: Config, connection: Connection, topic: TopicTemplate) -> Findings:
     slot = config.postgres.slot
     yield from examine_server(connection, slot)
-    table: catalog.Table | None = None
-
-    def fits() -> str:
-        nonlocal table
-        table = catalog.find_table(connection, config.outbox.table)
-        outbox = Outbox(table.namespace, table.name, config.outbox.columns.mapping())
-        check_columns(outbox, topic, table.columns)
-        return f"{outbox} has the columns that are wanted, of types that serve"
-
-    yield looked_at("outbox table", fits)
-    if table:
-        yield from examine_publication(connection, config.postgres.publication, table, slot)
+    try:
+        table = find_outbox(config, connection, topic)
+    except CdcOutboxError as error:
+        yield Finding("outbox table", "failed", error.message, error.hint)
+    else:
+        yield Finding("outbox table", "ok", f"{table} has the columns that are wanted, of types that serve")
+        yield from examine_publication(connection, partial(check_sent, config, connection, table, topic), slot)
         yield from examine_role(connection, table)
     yield from examine_slot(connection, slot)

@@ -15,9 +15,10 @@ from cdc_outbox.findings import Finding
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.postgres.canary import plant
-from cdc_outbox.postgres.connection import connect_for_state
+from cdc_outbox.postgres.connection import connect_bounded
 from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.relay.pipeline import Pipeline
+from cdc_outbox.relay.router import Routing, Strays
 from cdc_outbox.service.canary import make_canary_router
 from cdc_outbox.service.state import Stateless
 
@@ -51,9 +52,9 @@ def make_round_trip(config: Config, publisher: Publisher) -> Finding:
 def _carry_one(config: Config, stream: ReplicationStream, publisher: Publisher, slot: str) -> float:
     """Seconds from INSERT to acknowledgement. Raises OperatorNeeded if it does not arrive."""
     router = make_canary_router(config, require_topic=lambda _: None)
-    pipeline = Pipeline([router], publisher, Stateless(), lambda: publisher.poll(0.05))
+    pipeline = Pipeline(Routing([router], Strays()), publisher, Stateless(), lambda: publisher.poll(0.05))
     began = time.monotonic()
-    with closing(connect_for_state(config.postgres.dsn.get_secret_value())) as connection:
+    with closing(connect_bounded(config.postgres.dsn.get_secret_value())) as connection:
         plant(connection, slot)
     while time.monotonic() - began < _PATIENCE_SECONDS:
         pipeline.feed(stream.frames())

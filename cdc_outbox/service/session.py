@@ -5,7 +5,7 @@ decided lies in `relay`; what happens after an error, in `service.supervisor`.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from itertools import islice
 from typing import Final, Protocol
@@ -14,7 +14,7 @@ from cdc_outbox.errors import BatchRefused, CdcOutboxError, OperatorNeeded, Sour
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.relay.pipeline import Pipeline, Publisher
-from cdc_outbox.relay.router import Router
+from cdc_outbox.relay.router import Routing
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
@@ -71,7 +71,7 @@ class Session:
         self,
         stream: ReplicationStream,
         publisher: SessionPublisher,
-        routers: Sequence[Router],
+        routing: Routing,
         state: SessionState,
         shutdown: Shutdown,
         health: Health,
@@ -80,7 +80,7 @@ class Session:
         self._stream = stream
         self._publisher = publisher
         self._state = state
-        self._pipeline = Pipeline(routers, publisher, state, self._wait_for_room)
+        self._pipeline = Pipeline(routing, publisher, state, self._wait_for_room)
         self._watermark = self._pipeline.watermark
         self._shutdown = shutdown
         self._health = health

@@ -7,16 +7,23 @@ import os
 import select
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
 
 
+class ShutdownRequested(KeyboardInterrupt):
+    """A KeyboardInterrupt, because at one psycopg cancels the statement that it waits for."""
+
+
 class Shutdown:
     def __init__(self, timeout_seconds: float) -> None:
         self._timeout_seconds = timeout_seconds
         self._deadline: float | None = None
+        self._interrupts = False
         #: readable once shutdown was requested
         self.descriptor, self._wake = os.pipe()
 
@@ -29,6 +36,17 @@ class Shutdown:
         if self._deadline is None:
             self._deadline = time.monotonic() + self._timeout_seconds
             os.write(self._wake, b"!")
+
+    @contextmanager
+    def interrupting(self) -> Iterator[None]:
+        """Inside, a request to stop raises ShutdownRequested, whatever is being waited for."""
+        if self.requested:
+            raise ShutdownRequested
+        self._interrupts = True
+        try:
+            yield
+        finally:
+            self._interrupts = False
 
     @property
     def requested(self) -> bool:
@@ -47,3 +65,6 @@ class Shutdown:
         for number in _SIGNALS:
             signal.signal(number, signal.SIG_DFL)
         self.request()
+        if self._interrupts:
+            self._interrupts = False
+            raise ShutdownRequested

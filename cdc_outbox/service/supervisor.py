@@ -8,8 +8,8 @@ import gc
 import random
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from functools import partial
 from typing import Final
 
@@ -26,20 +26,21 @@ from cdc_outbox.errors import (
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.postgres import catalog
-from cdc_outbox.postgres.connection import Connection, connect_for_state
+from cdc_outbox.postgres.connection import Connection, connect_bounded
 from cdc_outbox.postgres.continuity import Continuity
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.monitor import Monitor
+from cdc_outbox.postgres.server import check_same_server
 from cdc_outbox.postgres.stream import ReplicationStream
-from cdc_outbox.relay.router import Router, TopicTemplate
+from cdc_outbox.relay.router import Routing, TopicTemplate
 from cdc_outbox.service.canary import Canary, make_canary_router
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.http import HttpServer
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
-from cdc_outbox.service.preflight import prepare_router
+from cdc_outbox.service.preflight import check_outbox, prepare_route
 from cdc_outbox.service.session import Session
-from cdc_outbox.service.shutdown import Shutdown
+from cdc_outbox.service.shutdown import Shutdown, ShutdownRequested
 from cdc_outbox.service.state import RelayState, SessionState, Stateless
 
 #: How often a standby asks for the slot.
@@ -66,8 +67,7 @@ class Supervisor:
         self._monitor = Monitor(
             self._dsn,
             slot=config.postgres.slot,
-            publication=config.postgres.publication,
-            table=config.outbox.table,
+            check=lambda connection: check_outbox(config, connection, self._topic),
         )
         self._canary = Canary(config.canary.every_seconds, self._monitor, self._health, self._metrics)
         self._log = get_logger()
@@ -92,6 +92,8 @@ class Supervisor:
         while not self._shutdown.requested:
             try:
                 self._serve()
+            except ShutdownRequested:
+                break
             except UnavailableError as error:
                 self._recover(error)
             except CdcOutboxError as error:
@@ -102,31 +104,40 @@ class Supervisor:
 
     def _serve(self) -> None:
         """One attempt: connect, check, take the slot, relay."""
-        config = self._config
         publisher = self._next_publisher or self._make_publisher()
         self._next_publisher = None
-        topics = Topics(publisher, create=config.kafka.create_topics)
-        try:
-            with ReplicationStream(self._dsn) as stream:
-                routers = [prepare_router(config, stream.connection, self._topic, topics.require)]
-                catalog.check_slot(stream.connection, config.postgres.slot)
-                # A relay that cannot reach Kafka must not keep the slot from one that can.
-                topics.connect()
-                if not self._topic.fields:
-                    topics.require(self._topic.text)
-                if config.canary.every_seconds:
-                    topics.require(config.canary.topic)
-                    routers.append(make_canary_router(config, topics.require))
-                if self._take_slot(stream, publisher):
-                    self._streaming_since = time.monotonic()
-                    self._relay(stream, publisher, routers)
-        finally:
-            publisher.close()
+        with ExitStack() as stack:
+            stack.callback(publisher.close)
+            with self._shutdown.interrupting():
+                connection = stack.enter_context(closing(connect_bounded(self._dsn)))
+                stream = stack.enter_context(ReplicationStream(self._dsn))
+                check_same_server(connection, stream.identify())
+                routing = self._prepare(connection, publisher)
+                self._take_slot(connection, stream, publisher)
+                state = self._make_state(connection)
+            self._streaming_since = time.monotonic()
+            self._health.become("streaming")
+            self._relay(stream, publisher, routing, state)
 
-    def _take_slot(self, stream: ReplicationStream, publisher: Publisher) -> bool:
-        """Wait for the slot, as a standby while another relay has it. False if asked to stop meanwhile."""
-        while not self._shutdown.requested:
-            self._continuity.check(stream.connection)
+    def _prepare(self, connection: Connection, publisher: Publisher) -> Routing:
+        """See that all is there that streaming needs. Raises what says why not."""
+        config = self._config
+        topics = Topics(publisher, create=config.kafka.create_topics)
+        route = prepare_route(config, connection, self._topic, topics.require)
+        catalog.check_slot(connection, config.postgres.slot)
+        # A relay that cannot reach Kafka must not keep the slot from one that can.
+        topics.connect()
+        if not self._topic.fields:
+            topics.require(self._topic.text)
+        if config.canary.every_seconds:
+            topics.require(config.canary.topic)
+            return Routing([route.router, make_canary_router(config, topics.require)], route.strays)
+        return Routing([route.router], route.strays)
+
+    def _take_slot(self, connection: Connection, stream: ReplicationStream, publisher: Publisher) -> None:
+        """Wait for the slot, as a standby while another relay has it."""
+        while True:
+            self._continuity.check(connection, stream.identify())
             try:
                 stream.start(self._config.postgres.slot, self._config.postgres.publication)
             except SlotInUse as error:
@@ -134,22 +145,18 @@ class Supervisor:
                 publisher.poll(0)  # librdkafka's notices are not to pile up
                 self._shutdown.sleep(_STANDBY_SECONDS)
             else:
-                self._health.become("streaming")
-                return True
-        return False
+                return
 
-    def _relay(self, stream: ReplicationStream, publisher: Publisher, routers: Sequence[Router]) -> None:
-        with closing(connect_for_state(self._dsn)) as connection:
-            state = self._make_state(connection)
-            session = Session(stream, publisher, routers, state, self._shutdown, self._health, self._metrics)
-            if self._suspected:
-                session.suspect(self._suspected)
-                self._suspected = None
-            try:
-                session.run()
-            except BatchRefused:
-                self._suspected = session.reached
-                raise
+    def _relay(self, stream: ReplicationStream, publisher: Publisher, routing: Routing, state: SessionState) -> None:
+        session = Session(stream, publisher, routing, state, self._shutdown, self._health, self._metrics)
+        if self._suspected:
+            session.suspect(self._suspected)
+            self._suspected = None
+        try:
+            session.run()
+        except BatchRefused:
+            self._suspected = session.reached
+            raise
         if session.unacknowledged_events:
             self._log.warning(
                 "shutdown_deadline_passed",

@@ -21,8 +21,8 @@ def migrated(every_world: World) -> World:
 
 
 def check(world: World, continuity: Continuity) -> bool:
-    with ReplicationStream(world.dsn) as stream:
-        continuity.check(stream.connection)
+    with connect(world.dsn) as connection, ReplicationStream(world.dsn) as stream:
+        continuity.check(connection, stream.identify())
     return continuity.is_noted
 
 

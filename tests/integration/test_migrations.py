@@ -12,6 +12,8 @@ from cdc_outbox.errors import ConfigurationError, OperatorNeeded
 from cdc_outbox.postgres import catalog, migrations
 from cdc_outbox.postgres.connection import connect
 from cdc_outbox.postgres.migrations import Target
+from cdc_outbox.postgres.publication import check_publication, wasteful
+from cdc_outbox.postgres.server import check_same_server
 from cdc_outbox.postgres.stream import ReplicationStream
 from support.world import World
 
@@ -130,7 +132,7 @@ def test_an_existing_table_by_configuration_alone(every_world: World) -> None:
     assert states(world, wanted) == ["applied", "not needed", "not needed", *["applied"] * (FILES - 3)]
     assert world.db.execute("SELECT to_regclass('public.outbox')").fetchone() == (None,)
     table = catalog.find_table(world.db, '"App".outboxevent')
-    assert catalog.check_publication(world.db, "App events", table) == []
+    assert wasteful(check_publication(world.db, "App events", table).publication) == []
     assert up(world, wanted) == []
 
 
@@ -139,7 +141,7 @@ def test_a_publication_of_another_name(every_world: World) -> None:
     wanted = target(world, table="outbox", publication="Other")
     assert [step.split()[0] for step in up(world, wanted)] == ["apply"] * (FILES - 1) + ["create"] * 2 + ["make"]
     assert states(world, wanted) == ["applied", "applied", "not needed", *["applied"] * (FILES - 3)]
-    assert catalog.check_publication(world.db, "Other", catalog.find_table(world.db, "outbox")) == []
+    assert wasteful(check_publication(world.db, "Other", catalog.find_table(world.db, "outbox")).publication) == []
     assert up(world, wanted) == []
 
 
@@ -234,13 +236,14 @@ def test_the_relay_role_streams(every_world: World) -> None:
     assert world.db.execute(role, ["cdc_outbox_relay"]).fetchone() == (True, True, False, False, False)
     world.db.execute("ALTER ROLE cdc_outbox_relay PASSWORD 'streams'")
     world.insert("t")
-    with ReplicationStream(conninfo.make_conninfo(world.dsn, user="cdc_outbox_relay", password="streams")) as stream:
-        world.db.execute("CREATE SCHEMA app; CREATE TABLE app.events ()")
-        world.db.execute("ALTER TABLE app.events ADD COLUMN id uuid")
-        assert catalog.find_table(stream.connection, "app.events").columns, "without a right to the schema"
-        table = catalog.find_table(stream.connection, "public.outbox")
-        catalog.check_publication(stream.connection, "cdc_outbox", table)
-        catalog.check_slot(stream.connection, world.slot)
+    dsn = conninfo.make_conninfo(world.dsn, user="cdc_outbox_relay", password="streams")
+    world.db.execute("CREATE SCHEMA app; CREATE TABLE app.events ()")
+    world.db.execute("ALTER TABLE app.events ADD COLUMN id uuid")
+    with connect(dsn) as connection, ReplicationStream(dsn) as stream:
+        check_same_server(connection, stream.identify())
+        assert catalog.find_table(connection, "app.events").columns, "without a right to the schema"
+        check_publication(connection, "cdc_outbox", catalog.find_table(connection, "public.outbox"))
+        catalog.check_slot(connection, world.slot)
         stream.start(world.slot, "cdc_outbox")
 
 

@@ -271,7 +271,7 @@ def test_what_was_settled_while_a_snapshot_waited_is_noted_too(
     monkeypatch.setattr("cdc_outbox.postgres.settlement._TAKE_EVERY_SECONDS", 0)
     continuity = Continuity(migrated.slot)
     with ReplicationStream(migrated.dsn) as stream:
-        continuity.check(stream.connection)
+        continuity.check(migrated.db, stream.identify())
     confirmed = migrated.confirmed_lsn()
     state = RelayState(migrated.db, continuity, Metrics(), slot=migrated.slot, confirmed=confirmed, on_poison="stop")
     insert(migrated.db, "before the snapshot")

@@ -118,7 +118,7 @@ def test_odd_publication_names_are_quoted(every_world: World) -> None:
     world.db.execute("CREATE TABLE odd (aggregate_id text)")
     world.db.execute(psycopg.sql.SQL("CREATE PUBLICATION {} FOR TABLE odd").format(psycopg.sql.Identifier(name)))
     with ReplicationStream(world.dsn) as stream:
-        stream.create_temporary_slot(f"tmp_{world.name}")
+        stream.create_temporary_slot(f"tmp_{world.name}", lock_timeout_seconds=5)
         stream.start(f"tmp_{world.name}", name)
         world.db.execute("INSERT INTO odd VALUES ('1')")
         assert ids(read_until_commits(stream, 1)) == [b"1"]
@@ -147,7 +147,7 @@ def test_a_stream_that_the_server_ended_unheard_is_given_up(every_world: World) 
     with ReplicationStream(world.dsn) as stream:
         stream.start(world.slot, "cdc_outbox")
         assert not stream.is_given_up()
-        world.db.execute("SELECT pg_terminate_backend(%s)", [stream.connection.pgconn.backend_pid])
+        world.db.execute("SELECT pg_terminate_backend(%s)", [stream.backend_pid])
         wait_until(stream.is_given_up, "the slot is free, though nothing was read")
 
 

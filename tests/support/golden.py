@@ -41,7 +41,7 @@ def capture(dsn: str) -> list[bytes]:
     with ReplicationStream(dsn) as stream:
         with connect(dsn) as db:
             db.execute(SETUP)
-            stream.create_temporary_slot("golden")
+            stream.create_temporary_slot("golden", lock_timeout_seconds=5)
             for transaction in HISTORY:
                 with db.transaction():
                     db.execute(transaction.encode())

@@ -27,6 +27,7 @@ def test_defaults_are_those_of_the_contract() -> None:
             f"outbox.columns.{field}": field
             for field in ("id", "aggregate_type", "aggregate_id", "event_type", "payload", "headers")
         },
+        "outbox.ignore_tables": [],
         "relay.max_in_flight": config.relay.max_in_flight,
         "relay.on_poison": "stop",
         "canary.every_seconds": 0,
@@ -58,8 +59,25 @@ def test_environment_goes_over_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (config.postgres.slot, config.postgres.publication) == ("from_environment", "from_file")
     assert config.postgres.dsn.get_secret_value() == "host=h password=hunter2"
     assert config.kafka.producer == {"linger.ms": 7, "sasl.password": "hunter2", "security.protocol": "SASL_SSL"}
-    assert config.outbox.columns.mapping()["headers"] == "meta"
+    assert config.outbox.columns.mapping()["headers"] == ("meta",)
     assert "hunter2" not in str(redacted(config)) + repr(config.postgres)
+
+
+@pytest.mark.parametrize(
+    ("value", "names"), [("subject", ("subject",)), ('["subject", "aggregate_id"]', ("subject", "aggregate_id"))]
+)
+def test_a_field_may_have_several_columns(monkeypatch: pytest.MonkeyPatch, value: str, names: tuple[str, ...]) -> None:
+    monkeypatch.setenv("CDC_OUTBOX_OUTBOX__COLUMNS__AGGREGATE_ID", value)
+    columns = load_config(None).outbox.columns
+    assert columns.mapping()["aggregate_id"] == names
+    assert columns.of({"id", "aggregate_id"})["aggregate_id"] == names[-1] if len(names) > 1 else "subject"
+
+
+@pytest.mark.parametrize("value", ["[]", "[1]", "[subject", ""])
+def test_columns_that_are_none(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("CDC_OUTBOX_OUTBOX__COLUMNS__AGGREGATE_ID", value)
+    with pytest.raises(ConfigurationError, match=r"outbox\.columns\.aggregate_id"):
+        load_config(None)
 
 
 def test_the_file_beside_us_is_read(tmp_path: Path) -> None:

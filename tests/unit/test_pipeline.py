@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from cdc_outbox.errors import CdcOutboxError, MalformedStream, PoisonEvent
 from cdc_outbox.relay.dead_letters import DeadLetter, DeadLetters, RedriveRequest
 from cdc_outbox.relay.pipeline import BATCH_EVENTS, Pipeline
-from cdc_outbox.relay.router import Outbox, Record, Router, TopicTemplate
+from cdc_outbox.relay.router import Outbox, Record, Router, Routing, Strays, TopicTemplate
 from cdc_outbox.service.state import Stateless
 from support import frames
 
@@ -73,10 +73,16 @@ class FakeDeadLetters:
         self.refused.append((dead_letter_id, poison.reason))
 
 
-def make(publisher: FakePublisher, wait_for_room: Any = None, dead_letters: DeadLetters | None = None) -> Pipeline:
-    outbox = Outbox("public", "outbox", {name: name for name in OUTBOX})
+def make(
+    publisher: FakePublisher,
+    wait_for_room: Any = None,
+    dead_letters: DeadLetters | None = None,
+    strays: Strays | None = None,
+) -> Pipeline:
+    outbox = Outbox("public", "outbox", {name: (name,) for name in OUTBOX})
     router = Router(outbox, TopicTemplate("outbox.{aggregate_type}"), "plain", "", lambda _: None)
-    return Pipeline([router], publisher, dead_letters or Stateless(), wait_for_room or (lambda: pytest.fail("no room")))
+    routing = Routing([router], strays or Strays())
+    return Pipeline(routing, publisher, dead_letters or Stateless(), wait_for_room or (lambda: pytest.fail("no room")))
 
 
 def event(number: int) -> bytes:

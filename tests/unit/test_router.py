@@ -1,11 +1,11 @@
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 
 from cdc_outbox.errors import ConfigurationError, MalformedStream, OperatorNeeded, PoisonEvent
 from cdc_outbox.postgres.pgoutput import Column, Relation
-from cdc_outbox.relay.router import HeaderStyle, Outbox, Record, Router, TopicTemplate
+from cdc_outbox.relay.router import HeaderStyle, Outbox, Record, Router, Strays, TopicTemplate
 from support import frames
 
 JSON, JSONB, TEXT, BYTEA, UUID, TIMESTAMPTZ = 114, 3802, 25, 17, 2950, 1184
@@ -27,7 +27,7 @@ ROW: dict[str, bytes | None] = {
     "headers": None,
     "created_at": b"2024-01-01",
 }
-FIELDS = {name: name for name in ("id", "aggregate_type", "aggregate_id", "event_type", "payload")}
+FIELDS = {name: (name,) for name in ("id", "aggregate_type", "aggregate_id", "event_type", "payload")}
 #: 2024-05-06T07:08:09.123Z
 COMMIT_TIME_MS = 1_714_979_289_123
 
@@ -40,7 +40,7 @@ def route(
     row: dict[str, bytes | None],
     *,
     columns: dict[str, int] = COLUMNS,
-    fields: dict[str, str] = FIELDS,
+    fields: Mapping[str, tuple[str, ...]] = FIELDS,
     topic: str = "outbox.{aggregate_type}",
     pattern: str | None = None,
     style: HeaderStyle = "plain",
@@ -124,7 +124,7 @@ def test_a_bytea_that_is_not_hex_is_refused(sent: bytes) -> None:
 def test_debezium_style_table_in_any_column_order() -> None:
     columns = {"payload": JSONB, "type": TEXT, "aggregateid": TEXT, "aggregatetype": TEXT, "id": UUID}
     row: dict[str, bytes | None] = dict(zip(columns, [b"{}", b"t", b"a", b"k", b"i"], strict=True))
-    fields = {**FIELDS, "aggregate_type": "aggregatetype", "aggregate_id": "aggregateid", "event_type": "type"}
+    fields = {**FIELDS, "aggregate_type": ("aggregatetype",), "aggregate_id": ("aggregateid",), "event_type": ("type",)}
     record = route(row, columns=columns, fields=fields)
     assert record == ("outbox.k", b"{}", b"a", [("id", b"i"), ("type", b"t")])
 
@@ -179,7 +179,7 @@ def test_bad_pattern() -> None:
 @pytest.mark.parametrize("missing", ["id", "aggregate_id", "event_type", "payload", "aggregate_type"])
 def test_a_missing_column_is_named(missing: str) -> None:
     columns = {name: oid for name, oid in COLUMNS.items() if name != missing}
-    with pytest.raises(OperatorNeeded, match=f"no column '{missing}'") as caught:
+    with pytest.raises(OperatorNeeded, match=f"without column '{missing}'") as caught:
         route(ROW, columns=columns)
     assert f"outbox.columns.{missing}" in caught.value.hint
 
@@ -188,7 +188,7 @@ def test_headers_are_needed_only_when_they_were_mapped() -> None:
     columns = {name: oid for name, oid in COLUMNS.items() if name != "headers"}
     assert route(ROW, columns=columns).headers == [("id", b"e-1"), ("type", b"order.placed")]
     with pytest.raises(OperatorNeeded, match="'meta'"):
-        route(ROW, columns=columns, fields={**FIELDS, "headers": "meta"})
+        route(ROW, columns=columns, fields={**FIELDS, "headers": ("meta",)})
 
 
 def test_a_payload_of_another_type_is_refused() -> None:
@@ -199,6 +199,42 @@ def test_a_payload_of_another_type_is_refused() -> None:
 def test_other_relations_have_no_plan() -> None:
     router = Router(Outbox("app", "outbox", FIELDS), TopicTemplate("t"), "plain", "", lambda _: None)
     assert router.compile(relation(COLUMNS)) is None
+
+
+def test_rows_keep_the_name_that_their_column_had_when_they_were_written() -> None:
+    fields = {**FIELDS, "aggregate_id": ("subject", "aggregate_id")}
+    older = {**COLUMNS}
+    newer = {("subject" if name == "aggregate_id" else name): oid for name, oid in COLUMNS.items()}
+    row = {**ROW, "subject": b"o-2"}
+    assert route(row, columns=older, fields=fields).key == b"o-1"
+    assert route(row, columns=newer, fields=fields).key == b"o-2"
+    with pytest.raises(OperatorNeeded, match="come without column 'aggregate_id'") as caught:
+        route(row, columns=newer)
+    assert "outbox.columns.aggregate_id = ['aggregate_id', '...']" in caught.value.hint
+
+
+def test_a_table_is_known_by_its_oid_whatever_it_was_called() -> None:
+    outbox = Outbox("public", "renamed_since", FIELDS, frozenset({7}))
+    router = Router(outbox, TopicTemplate("t"), "plain", "", lambda _: None)
+    assert router.compile(relation(COLUMNS))
+
+
+@pytest.mark.parametrize(
+    ("strays", "passes"),
+    [
+        (Strays(None), False),
+        (Strays(None, {"public.outbox"}), True),
+        (Strays(frozenset()), True),
+        (Strays(frozenset({7})), False),
+        (Strays(frozenset({8})), True),
+    ],
+)
+def test_a_row_that_nobody_routes_passes_only_where_its_table_is_not_listed_by_itself(
+    strays: Strays, *, passes: bool
+) -> None:
+    refusal = strays.refusal(relation(COLUMNS))
+    assert (refusal is None) == passes
+    assert refusal is None or "public.outbox" in refusal.message
 
 
 @pytest.mark.parametrize("style", ["plain", "debezium", "cloudevents"])
