@@ -1,7 +1,7 @@
 -- cdc-outbox: only if outbox.table = public.outbox and postgres.publication = cdc_outbox
 --
 -- Why: a publication tells PostgreSQL which changes to send. Inserts only: then clean-up costs the relay nothing, and
--- the table needs no replica identity.
+-- the table needs no replica identity. Should the outbox be partitioned, its rows come under its own name.
 --
 -- The publication must be older than the slot: make it first, as `cdc-outbox migrate up` does.
 -- A slot that is older fails on PostgreSQL 15 to 17, and silently sends nothing on 18.
@@ -11,6 +11,7 @@
 DO $$
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_publication WHERE pubname = 'cdc_outbox') THEN
-        CREATE PUBLICATION cdc_outbox FOR TABLE public.outbox WITH (publish = 'insert');
+        CREATE PUBLICATION cdc_outbox FOR TABLE public.outbox
+            WITH (publish = 'insert', publish_via_partition_root);
     END IF;
 END $$;

@@ -1,35 +1,74 @@
 -- Why: which rows of the outbox have been published? The relay writes nothing per event, and the log's positions say
 -- nothing about rows. So it takes now and then a snapshot and where the log ends just after it. Once that LSN is
--- confirmed, every transaction that had ended in the snapshot is settled (delivered, or kept as a dead letter), and the
--- snapshot is noted here.
+-- confirmed, every transaction that had ended in the snapshot is settled, and the snapshot is noted here.
+--
+-- But settled is only what came: a table may have been out of the publication, filtered, renamed, unlogged. So each
+-- note says of which heaps (the outbox, or its partitions) every row was sent, and since when without a break. The relay
+-- reads that in the statement that takes the snapshot: a fingerprint of what the publication sends of each heap, made of
+-- things that never return to what they were once they have changed (cdc_outbox/postgres/coverage.py). A row is
+-- published if its transaction began after `since` and had ended in the snapshot.
 --
 -- Known is what cannot be otherwise, nothing more:
 --   * A snapshot does not list subtransactions in progress. So only transactions older than the oldest one in progress
 --     count: a transaction that writes for an hour keeps what came after its start unknown for that hour.
---   * What had ended when the slot began was never sent through it. `since` is a snapshot taken then.
+--   * An update gives a row another transaction. Where a heap may hold rows that were never sent (it was not empty when
+--     `since` began), an update could pass one of them for published. There, PostgreSQL's count of updates belongs to
+--     the fingerprint, and `earlier` counts instead of `snapshot`: a session may report what it has updated ten seconds
+--     late. Where a heap was empty (`complete`), all that is in it was sent, updated or not.
 --   * Transaction ids are a server's own. A note from another one (restored from a dump, cloned) says nothing here.
 --   * A row's xid has 32 bits. A row that lies there for 2^31 transactions becomes unknown. (After 2^32 it would look
 --     young again; a row from before the slot that lies there so long could pass for a settled one.)
--- A row that the application updates counts from its update.
+--   * Not closed: ALTER PUBLICATION whose COMMIT waits for a synchronous standby is decoded before any snapshot shows
+--     it. What an older transaction writes meanwhile, and commits without waiting itself, is taken for sent.
 --
 -- Run as: the owner of schema cdc_outbox. Safe to run again.
 
 CREATE TABLE IF NOT EXISTS cdc_outbox.settled (
+    id                bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     slot              text        NOT NULL,
     system_identifier text        NOT NULL,
     snapshot          pg_snapshot NOT NULL,
+    earlier           pg_snapshot,
     lsn               pg_lsn      NOT NULL,
-    since             pg_snapshot NOT NULL,
+    coverage          uuid        NOT NULL,
     taken_at          timestamptz NOT NULL,
     settled_at        timestamptz NOT NULL DEFAULT now()
 );
 
 CREATE INDEX IF NOT EXISTS settled_xmin ON cdc_outbox.settled (slot, pg_snapshot_xmin(snapshot));
+CREATE INDEX IF NOT EXISTS settled_earlier ON cdc_outbox.settled (slot, pg_snapshot_xmin(earlier));
+CREATE INDEX IF NOT EXISTS settled_coverage ON cdc_outbox.settled (coverage);
 
 COMMENT ON TABLE cdc_outbox.settled IS
-    'Notes of the relay: everything that had ended in snapshot, and not yet in since, is settled';
+    'Notes of the relay: every transaction that had ended in snapshot is settled, as far as coverage goes';
+COMMENT ON COLUMN cdc_outbox.settled.earlier IS 'A snapshot taken a while before, for heaps in which updates count';
 COMMENT ON COLUMN cdc_outbox.settled.lsn IS 'The end of the log just after the snapshot was taken; confirmed by now';
-COMMENT ON COLUMN cdc_outbox.settled.since IS 'What had ended in this one never came through the slot';
+
+CREATE TABLE IF NOT EXISTS cdc_outbox.coverage (
+    id          uuid,
+    heap        oid,
+    since       pg_snapshot NOT NULL,
+    complete    boolean     NOT NULL,
+    fingerprint text        NOT NULL,
+    updates     text,
+    PRIMARY KEY (id, heap)
+);
+
+COMMENT ON TABLE cdc_outbox.coverage IS 'Of which heaps every row is sent: what notes with this coverage speak of';
+COMMENT ON COLUMN cdc_outbox.coverage.since IS 'What began after this snapshot, and only that, is known to be sent';
+COMMENT ON COLUMN cdc_outbox.coverage.complete IS 'The heap was empty then: it holds nothing that was never sent';
+COMMENT ON COLUMN cdc_outbox.coverage.updates IS 'How many updates PostgreSQL had counted, and since when it counts';
+
+-- Whose rows event_status shows: `cdc-outbox migrate up` enters each outbox with its slot.
+CREATE TABLE IF NOT EXISTS cdc_outbox.outbox (
+    slot         text     PRIMARY KEY,
+    outbox       regclass NOT NULL,
+    id           text     NOT NULL,
+    aggregate_id text     NOT NULL,
+    event_type   text     NOT NULL
+);
+
+COMMENT ON TABLE cdc_outbox.outbox IS 'The outboxes of this database, and their columns, by the slot that serves each';
 
 CREATE OR REPLACE FUNCTION cdc_outbox.full_xid(row_xid xid) RETURNS xid8
 LANGUAGE sql STABLE PARALLEL SAFE
@@ -43,35 +82,68 @@ COMMENT ON FUNCTION cdc_outbox.full_xid(xid) IS 'The 64 bits of a row''s xmin';
 
 CREATE INDEX IF NOT EXISTS dead_letter_event ON cdc_outbox.dead_letter (event_id);
 
--- The view belongs to one outbox and one slot; `cdc-outbox migrate up` makes it for those of its configuration.
-CREATE OR REPLACE PROCEDURE cdc_outbox.make_event_status(
-    outbox text, slot text, id text, aggregate_id text, event_type text)
+-- Makes the view for the outboxes that are entered. Of one outbox its columns keep their types; of several, whose types
+-- may differ, all are text.
+CREATE OR REPLACE PROCEDURE cdc_outbox.make_event_status()
 LANGUAGE plpgsql AS $$
+DECLARE
+    outboxes text;
 BEGIN
-    DROP VIEW IF EXISTS cdc_outbox.event_status;
-    EXECUTE format($view$
-        CREATE VIEW cdc_outbox.event_status AS
-        SELECT event.%2$I AS outbox_id, event.%3$I AS aggregate_id, event.%4$I AS event_type,
-               CASE WHEN letter.state IS NULL THEN note.settled_at IS NOT NULL ELSE letter.state = 'redriven' END
-                   AS published,
-               CASE WHEN letter.state IS NULL THEN (note.settled_at IS NOT NULL)::int
-                    ELSE letter.attempts + (letter.state = 'redriven')::int END AS publish_attempts,
-               CASE WHEN letter.state IS NULL THEN note.settled_at
-                    WHEN letter.state = 'redriven' THEN letter.state_changed_at END AS processed_at
+    SELECT string_agg(format($view$
+        SELECT event.%2$I%6$s AS outbox_id, event.%3$I%6$s AS aggregate_id, event.%4$I%6$s AS event_type,
+               stands.state = 'published' AS published,
+               coalesce(letter.attempts + (letter.state = 'redriven')::int, (stands.state = 'published')::int)
+                   AS publish_attempts,
+               CASE WHEN letter.state IS NULL THEN coalesce(by_first.settled_at, by_later.settled_at)
+                    WHEN letter.state = 'redriven' THEN letter.state_changed_at END AS processed_at,
+               %5$L AS slot, stands.state
           FROM %1$s AS event
-          -- the first note that covers the row, unless it came before the slot
-          LEFT JOIN LATERAL (SELECT since, settled_at FROM cdc_outbox.settled
+          -- the first note in which the row's transaction had ended; where updates count, the first that was sure of it
+          LEFT JOIN LATERAL (SELECT coverage, settled_at FROM cdc_outbox.settled
                               WHERE slot = %5$L AND pg_snapshot_xmin(snapshot) > cdc_outbox.full_xid(event.xmin)
                                 AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
-                              ORDER BY pg_snapshot_xmin(snapshot), settled_at LIMIT 1) AS note
-            ON NOT pg_visible_in_snapshot(cdc_outbox.full_xid(event.xmin), note.since)
+                              ORDER BY pg_snapshot_xmin(snapshot), settled_at LIMIT 1) AS first ON true
+          LEFT JOIN LATERAL (SELECT first.settled_at FROM cdc_outbox.coverage
+                              WHERE id = first.coverage AND heap = event.tableoid AND complete
+                                AND cdc_outbox.full_xid(event.xmin) >= pg_snapshot_xmax(since)) AS by_first ON true
+          LEFT JOIN LATERAL (SELECT coverage, settled_at FROM cdc_outbox.settled
+                              WHERE slot = %5$L AND pg_snapshot_xmin(earlier) > cdc_outbox.full_xid(event.xmin)
+                                AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
+                                AND by_first.settled_at IS NULL
+                              ORDER BY pg_snapshot_xmin(earlier), settled_at LIMIT 1) AS later ON true
+          LEFT JOIN LATERAL (SELECT later.settled_at FROM cdc_outbox.coverage
+                              WHERE id = later.coverage AND heap = event.tableoid
+                                AND cdc_outbox.full_xid(event.xmin) >= pg_snapshot_xmax(since)) AS by_later ON true
+          LEFT JOIN cdc_outbox.coverage AS latest
+            ON latest.heap = event.tableoid AND cdc_outbox.full_xid(event.xmin) >= pg_snapshot_xmax(latest.since)
+           AND latest.id = (SELECT coverage FROM cdc_outbox.settled
+                             WHERE slot = %5$L
+                               AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
+                             ORDER BY pg_snapshot_xmax(snapshot) DESC, id DESC LIMIT 1)
           LEFT JOIN LATERAL (SELECT state, attempts, state_changed_at FROM cdc_outbox.dead_letter
                               WHERE event_id = event.%2$I::text AND slot = %5$L ORDER BY id DESC LIMIT 1) AS letter
             ON true
-        $view$, outbox, id, aggregate_id, event_type, slot);
-    EXECUTE format('COMMENT ON VIEW cdc_outbox.event_status IS %L',
-                   format('Which events are known to be published: %s (%s, %s, %s) through slot %s',
-                          outbox, id, aggregate_id, event_type, slot));
+         CROSS JOIN LATERAL (
+               SELECT CASE WHEN letter.state = 'redriven' THEN 'published'
+                           WHEN letter.state = 'discarded' THEN 'discarded'
+                           WHEN letter.state IS NOT NULL THEN 'dead'
+                           WHEN by_first.settled_at IS NOT NULL OR by_later.settled_at IS NOT NULL THEN 'published'
+                           WHEN latest.since IS NOT NULL THEN 'pending'
+                           ELSE 'unknown' END AS state) AS stands
+        $view$, entered.outbox, entered.id, entered.aggregate_id, entered.event_type, entered.slot, as_text),
+        ' UNION ALL ' ORDER BY entered.slot)
+      INTO outboxes
+      FROM cdc_outbox.outbox AS entered
+      JOIN pg_class ON pg_class.oid = entered.outbox,  -- it may have been dropped
+           (SELECT CASE WHEN count(*) > 1 THEN '::text' ELSE '' END
+              FROM cdc_outbox.outbox JOIN pg_class ON pg_class.oid = outbox.outbox) AS counted (as_text);
+    DROP VIEW IF EXISTS cdc_outbox.event_status;
+    IF outboxes IS NULL THEN
+        RETURN;
+    END IF;
+    EXECUTE 'CREATE VIEW cdc_outbox.event_status AS ' || outboxes;
+    COMMENT ON VIEW cdc_outbox.event_status IS
+        'What became of each row: pending (will come), published, unknown (cannot be told), dead, discarded';
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_reader') THEN
         GRANT SELECT ON cdc_outbox.event_status TO cdc_outbox_reader;
     END IF;
@@ -81,9 +153,9 @@ DO $$
 BEGIN
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_relay') THEN
         GRANT USAGE ON SCHEMA cdc_outbox TO cdc_outbox_relay;
-        GRANT SELECT, INSERT, DELETE ON cdc_outbox.settled TO cdc_outbox_relay;
+        GRANT SELECT, INSERT, DELETE ON cdc_outbox.settled, cdc_outbox.coverage TO cdc_outbox_relay;
     END IF;
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_reader') THEN
-        GRANT SELECT ON cdc_outbox.settled TO cdc_outbox_reader;
+        GRANT SELECT ON cdc_outbox.settled, cdc_outbox.coverage, cdc_outbox.outbox TO cdc_outbox_reader;
     END IF;
 END $$;

@@ -41,9 +41,19 @@ def world(postgres: str, kafka: str) -> Iterator[World]:
         yield made
 
 
+@pytest.fixture(params=["default", "15"])
+def old_and_new_world(request: pytest.FixtureRequest, kafka: str) -> Iterator[World]:
+    """The same test on the newest PostgreSQL and on 15, which differ the most in what they send."""
+    yield from _world_of(request, kafka)
+
+
 @pytest.fixture(params=["default", *OTHER_POSTGRES])
 def every_world(request: pytest.FixtureRequest, kafka: str) -> Iterator[World]:
     """The same test on every PostgreSQL that the README names."""
+    yield from _world_of(request, kafka)
+
+
+def _world_of(request: pytest.FixtureRequest, kafka: str) -> Iterator[World]:
     if request.param == "default":
         dsn = request.getfixturevalue("postgres")
     else:

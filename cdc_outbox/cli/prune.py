@@ -24,7 +24,8 @@ def command(settings: Settings, *, older_than: timedelta) -> None:
     config = settings.config
     with connect(config.postgres.dsn.get_secret_value(), application_name="cdc-outbox prune") as connection:
         table = find_table(connection, config.outbox.table)
-        with Progress(console=Console(stderr=True), transient=True) as bar:
+        console = Console(stderr=True)
+        with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
             task = bar.add_task(f"pruning {table}", total=None)
             pruned = prune(
                 connection,

@@ -13,13 +13,16 @@ from rich.table import Table
 from cdc_outbox.cli.duration import Duration
 from cdc_outbox.cli.main import Settings
 from cdc_outbox.config import Config
-from cdc_outbox.postgres.catalog import Slot, check_slot, find_table
+from cdc_outbox.postgres.catalog import find_table
 from cdc_outbox.postgres.connection import connect
 from cdc_outbox.postgres.dead_letters import count_waiting
-from cdc_outbox.postgres.settlement import StuckRow, stuck_rows
+from cdc_outbox.postgres.event_status import StuckRow, count_unknown, stuck_rows
+from cdc_outbox.postgres.slots import Slot, check_slot
 from cdc_outbox.service.http import ask_readyz
 
 _TIMEOUT_SECONDS: Final = 2.0
+#: How to see the rows of which it cannot be told whether they were published.
+_UNKNOWN: Final = "SELECT * FROM cdc_outbox.event_status WHERE state = 'unknown'"
 
 
 @click.command()
@@ -51,12 +54,19 @@ def _show_stuck(config: Config, patience: timedelta, *, as_json: bool) -> None:
     with connect(config.postgres.dsn.get_secret_value()) as connection:
         table = find_table(connection, config.outbox.table)
         count, rows = stuck_rows(connection, table, config.outbox.columns, config.postgres.slot, patience=patience)
+        unknown = count_unknown(connection, config.postgres.slot)
     if as_json:
-        click.echo(orjson.dumps({"stuck": count, "rows": rows}))
-    elif not count:
-        click.echo("nothing is stuck")
-    else:
+        click.echo(orjson.dumps({"stuck": count, "rows": rows, "unknown": unknown}))
+        return
+    if count:
         _show_stuck_rows(count, rows)
+    else:
+        click.echo("nothing is stuck")
+    if unknown:
+        click.echo(
+            f"of {unknown} rows it cannot be told whether they were published (written before the slot, or while they "
+            "were not sent): {_UNKNOWN}"
+        )
 
 
 def _show_stuck_rows(count: int, rows: list[StuckRow]) -> None:

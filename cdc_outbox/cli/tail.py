@@ -15,7 +15,7 @@ from cdc_outbox.errors import BrokenInvariant, CdcOutboxError
 from cdc_outbox.postgres.connection import connect_bounded
 from cdc_outbox.postgres.server import check_same_server
 from cdc_outbox.postgres.stream import ReplicationStream
-from cdc_outbox.relay.router import Headers, Routing, TopicTemplate
+from cdc_outbox.relay.router import Headers, TopicTemplate
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.metrics import Metrics
 from cdc_outbox.service.preflight import prepare_route
@@ -54,8 +54,7 @@ def command(settings: Settings, *, as_json: bool) -> None:
                 stream.start(slot, config.postgres.publication)
             metrics = Metrics()
             printer = _Printer(as_json=as_json)
-            routing = Routing([route.router], route.strays)
-            Session(stream, printer, routing, Stateless(), shutdown, Health(slot, metrics), metrics).run()
+            Session(stream, printer, route.routing, Stateless(), shutdown, Health(slot, metrics), metrics).run()
     except ShutdownRequested:
         return
     except BrokenPipeError:  # `tail | head`: the reader has what it wanted

@@ -29,8 +29,9 @@ from cdc_outbox.demo.relay import RelayProcess
 from cdc_outbox.demo.stack import running, server_folder
 from cdc_outbox.demo.traffic import ACCOUNT_TABLE, Reader, Writer
 from cdc_outbox.errors import CheckFailed
-from cdc_outbox.postgres import catalog, migrations
+from cdc_outbox.postgres import migrations
 from cdc_outbox.postgres.connection import connect
+from cdc_outbox.postgres.slots import find_slot
 
 _WRITERS: Final = 3
 _PARTITIONS: Final = 6
@@ -125,7 +126,7 @@ class Show:
             def watch(phase: str) -> None:
                 if relay.ended:
                     raise CheckFailed(f"the relay ended with {relay.process.wait()}: {relay.said()}")
-                slot = catalog.find_slot(connection, scene.name)
+                slot = find_slot(connection, scene.name)
                 lag_bytes = slot.lag_bytes if slot and slot.lag_bytes else 0
                 live.update(_live_table(self._ledger, lag_bytes, phase, time.monotonic() - started), refresh=True)
                 time.sleep(_REFRESH_SECONDS)

@@ -1,7 +1,6 @@
-"""The catalogue: what PostgreSQL itself says of server, slot, publication and table, and the check that `run` makes.
+"""The catalogue: what PostgreSQL itself says of server and table, and the check that `run` makes of the server.
 
-Reads system views only, never a table of the application. Works over the replication connection too (simple protocol).
-Source: PostgreSQL manual, "System Catalogs", "pg_replication_slots", "Replication Management Functions".
+Reads system tables only, never a table of the application. Source: PostgreSQL manual, "System Catalogs".
 """
 
 from collections.abc import Sequence
@@ -12,13 +11,9 @@ import psycopg
 from psycopg import sql
 
 from cdc_outbox.errors import ConfigurationError, OperatorNeeded
-from cdc_outbox.postgres.connection import MIGRATE_HINT, Connection, translated
-from cdc_outbox.postgres.lsn import LSN
-from cdc_outbox.postgres.stream import check_slot_name
+from cdc_outbox.postgres.connection import Connection, translated
 
 OLDEST_SUPPORTED: Final = 14
-FAILOVER_SINCE: Final = 17
-PLUGIN: Final = "pgoutput"
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,26 +34,6 @@ class Table:
     def identifier(self) -> sql.Identifier:
         """Quoted, for statements."""
         return sql.Identifier(self.namespace, self.name)
-
-
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """A row of pg_replication_slots, with the distances that matter, in bytes."""
-
-    name: str
-    plugin: str
-    database: str
-    active_pid: int | None
-    confirmed_lsn: LSN | None
-    wal_status: str
-    failover: bool | None
-    """None before PostgreSQL 17."""
-    lag_bytes: int | None
-    """Server's WAL end minus confirmed."""
-    retained_bytes: int | None
-    """WAL the server keeps because of this slot."""
-    safe_bytes: int | None
-    """WAL that may still be written before the slot is in danger; None without max_slot_wal_keep_size."""
 
 
 def check_server(connection: Connection) -> None:
@@ -107,7 +82,8 @@ def find_table(connection: Connection, qualified_name: str) -> Table:
     if not rows:
         raise OperatorNeeded(
             f"table {qualified_name} does not exist",
-            hint="name yours with outbox.table; the default one is made by: cdc-outbox migrate up",
+            hint=f"name yours with outbox.table; the default one is made, in database {connection.info.dbname!r}, by: "
+            "cdc-outbox migrate up",
         )
     oid, namespace, name, *_ = rows[0]
     return Table(
@@ -134,65 +110,3 @@ def read_names(connection: Connection, names: Sequence[str], key: str) -> frozen
                 hint='write each as in SQL: schema.table, or "Schema"."Table"',
             ) from error
     return frozenset(name for (name,) in rows)
-
-
-def find_slot(connection: Connection, slot: str) -> Slot | None:
-    check_slot_name(slot)
-    failover = "failover" if server_major(connection) >= FAILOVER_SINCE else "NULL::bool"
-    wal_end = (
-        "CASE WHEN pg_is_in_recovery() THEN pg_last_wal_receive_lsn() ELSE pg_current_wal_lsn() END"  # a standby's end
-    )
-    with translated(f"looking up slot {slot}"):
-        row = connection.execute(
-            sql.SQL(
-                f"""
-                SELECT slot_name, plugin, database, active_pid, confirmed_flush_lsn::text, coalesce(wal_status, 'lost'),
-                       {failover},
-                       ({wal_end} - confirmed_flush_lsn)::int8, ({wal_end} - restart_lsn)::int8, safe_wal_size::int8
-                  FROM pg_replication_slots WHERE slot_name = %s
-                """  # noqa: S608 - the two pieces are the constants above
-            ),
-            [slot],
-        ).fetchone()
-    if row is None:
-        return None
-    name, plugin, database, pid, confirmed, *rest = row
-    return Slot(name, plugin or "", database or "", pid, LSN.parse(confirmed) if confirmed else None, *rest)
-
-
-def check_slot(connection: Connection, slot: str) -> Slot:
-    """See that ``slot`` can be streamed from. Raises OperatorNeeded naming what is wrong with it."""
-    found = find_slot(connection, slot)
-    if found is None:
-        raise OperatorNeeded(f"replication slot {slot!r} does not exist", hint=MIGRATE_HINT)
-    if found.plugin != PLUGIN:
-        raise OperatorNeeded(
-            f"replication slot {slot!r} uses {found.plugin or 'physical replication'}, not {PLUGIN}",
-            hint="name another with postgres.slot",
-        )
-    if found.database != connection.info.dbname:
-        raise OperatorNeeded(
-            f"replication slot {slot!r} belongs to database {found.database!r}",
-            hint="name another with postgres.slot, or connect to that database",
-        )
-    if found.wal_status == "lost":
-        raise OperatorNeeded(
-            f"replication slot {slot!r} is lost: PostgreSQL has removed WAL that it needed",
-            hint="events after its last confirmed LSN must be recovered from the table; then drop the slot and run: "
-            "cdc-outbox migrate up",
-        )
-    return found
-
-
-def create_slot_sql(connection: Connection, slot: str, *, failover: bool) -> str:
-    """The statement that makes the slot; it waits for transactions that are open to end.
-
-    Raises ConfigurationError if ``failover`` is asked of a server before 17.
-    """
-    check_slot_name(slot)
-    if failover and server_major(connection) < FAILOVER_SINCE:
-        raise ConfigurationError(
-            f"PostgreSQL {server_major(connection)} has no failover slots", hint="leave --failover out before 17"
-        )
-    options = ", failover => true" if failover else ""
-    return f"SELECT pg_create_logical_replication_slot('{slot}', '{PLUGIN}'{options});"

@@ -4,7 +4,7 @@ Source: PostgreSQL manual, "Appendix A. Error Codes"; libpq reports no SQLSTATE 
 those are told apart by the server's English wording, and what is not recognised is tried again.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Final
 
@@ -50,16 +50,19 @@ _REFUSALS: Final = (
 
 _IN_USE: Final = "55006"
 _ADMIN_SHUTDOWN: Final = "57P01"
-MIGRATE_HINT: Final = "run: cdc-outbox migrate up"
+MIGRATE_HINT: Final = "see that postgres.dsn names the right server and database, then run: cdc-outbox migrate up"
+#: By SQLSTATE, what is true of it whatever was being done. Who knows more gives hints of their own to `translated`.
 _NEEDS_OPERATOR: Final = {
     "42501": "grant the role what it lacks, or let an administrator run this",
-    "42704": MIGRATE_HINT,
+    "42704": "",
     "42P01": MIGRATE_HINT,
     "3F000": MIGRATE_HINT,
     "55P03": "a lock is held too long; look for long transactions in pg_stat_activity",
-    "55000": "look at pg_replication_slots (wal_status, invalidation_reason); a lost slot must be made anew",
-    "53400": "raise max_replication_slots on the server",
+    "55000": "",
+    "53400": "",
 }
+#: For what makes a slot.
+SLOT_HINTS: Final = {"53400": "raise max_replication_slots on the server, and restart it"}
 
 
 class BoundedConnection(psycopg.Connection[tuple[Any, ...]]):
@@ -134,15 +137,18 @@ def parse_dsn(dsn: str) -> dict[str, Any]:
 
 
 @contextmanager
-def translated(what: str) -> Iterator[None]:
-    """Turn what psycopg raises inside into the tree of errors.py; ``what`` says what was being done."""
+def translated(what: str, hints: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Turn what psycopg raises inside into the tree of errors.py; ``what`` says what was being done.
+
+    ``hints`` says by SQLSTATE what to do about it there: one SQLSTATE has many causes.
+    """
     try:
         yield
     except psycopg.Error as error:
-        raise explain(error, what) from error
+        raise explain(error, what, hints) from error
 
 
-def explain(error: psycopg.Error, what: str) -> CdcOutboxError:
+def explain(error: psycopg.Error, what: str, hints: Mapping[str, str] | None = None) -> CdcOutboxError:
     """What is to be done about an error of a connection that had been established."""
     state = error.sqlstate
     reason = f"{what}: {first_line(error.diag.message_primary or str(error))}"
@@ -150,8 +156,9 @@ def explain(error: psycopg.Error, what: str) -> CdcOutboxError:
         return SlotInUse(reason)
     if state == _ADMIN_SHUTDOWN:
         return ServerStopping(reason)
-    if state in _NEEDS_OPERATOR:
-        return OperatorNeeded(reason, hint=_NEEDS_OPERATOR[state])
+    hint = {**_NEEDS_OPERATOR, **(hints or {})}.get(state or "")
+    if hint is not None:
+        return OperatorNeeded(reason, hint=hint)
     if state is None or state[:2] in ("08", "57", "53", "40", "58", "XX"):
         return SourceUnavailable(reason)
     return OperatorNeeded(f"{reason} (SQLSTATE {state})")

@@ -21,19 +21,19 @@ from psycopg import sql
 from cdc_outbox.errors import OperatorNeeded
 from cdc_outbox.postgres.connection import Connection, explain, translated
 from cdc_outbox.postgres.lsn import LSN
-from cdc_outbox.postgres.server import Server
+from cdc_outbox.postgres.server import TIMELINE, Server
 
 #: How far ahead of what is confirmed the limit is noted: one small write for so many bytes of WAL.
 HEADROOM_BYTES: Final = 16 * 1024 * 1024
 
 #: What the server has counted for a slot, and what would make that count begin anew: another history of the server
 #: (timeline), a crash (it resets all statistics, the archiver's too), or somebody's reset.
-_COUNTED: Final = """
+_COUNTED: Final = f"""
     SELECT coalesce(counter.total_txns, 0) AS transactions,
-           concat_ws('/', %(timeline)s::int, extract(epoch FROM archiver.stats_reset),
+           concat_ws('/', {TIMELINE}, extract(epoch FROM archiver.stats_reset),
                      coalesce(extract(epoch FROM counter.stats_reset), 0)) AS since
-      FROM pg_stat_archiver AS archiver LEFT JOIN pg_stat_replication_slots AS counter ON counter.slot_name = %(slot)s
-"""
+      FROM pg_stat_archiver AS archiver LEFT JOIN pg_stat_replication_slots AS counter ON counter.slot_name = {{slot}}
+"""  # noqa: S608 - a constant
 
 
 class Continuity:
@@ -80,23 +80,24 @@ class Continuity:
         assert self._server is not None  # `check` comes first
         with translated("noting what is confirmed in cdc_outbox.confirmation"):
             connection.execute(
-                f"""
-                INSERT INTO cdc_outbox.confirmation
-                       (slot, system_identifier, confirmed_lsn, limit_lsn, decoded_transactions, counted_since)
-                SELECT %(slot)s, %(system)s, %(confirmed)s::pg_lsn, %(limit)s::pg_lsn, transactions, since
-                  FROM ({_COUNTED}) AS counted
-                    ON CONFLICT (slot) DO UPDATE
-                   SET (system_identifier, confirmed_lsn, limit_lsn, decoded_transactions, counted_since, noted_at)
-                     = (excluded.system_identifier, excluded.confirmed_lsn, excluded.limit_lsn,
-                        excluded.decoded_transactions, excluded.counted_since, now())
-                """,  # noqa: S608 - the constant above
-                {
-                    "slot": self._slot,
-                    "system": self._server.system_identifier,
-                    "timeline": self._server.timeline,
-                    "confirmed": str(confirmed),
-                    "limit": str(limit),
-                },
+                sql.SQL(
+                    """
+                    INSERT INTO cdc_outbox.confirmation
+                           (slot, system_identifier, confirmed_lsn, limit_lsn, decoded_transactions, counted_since)
+                    SELECT {slot}, {system}, {confirmed}::pg_lsn, {limit}::pg_lsn, transactions, since
+                      FROM ({counted}) AS counted
+                        ON CONFLICT (slot) DO UPDATE
+                       SET (system_identifier, confirmed_lsn, limit_lsn, decoded_transactions, counted_since, noted_at)
+                         = (excluded.system_identifier, excluded.confirmed_lsn, excluded.limit_lsn,
+                            excluded.decoded_transactions, excluded.counted_since, now())
+                    """
+                ).format(
+                    slot=self._slot,
+                    system=self._server.system_identifier,
+                    confirmed=str(confirmed),
+                    limit=str(limit),
+                    counted=_counted(self._slot),
+                )
             )
         self._limit = limit
 
@@ -108,16 +109,17 @@ class Continuity:
         # Only a slot that nobody streams from stands still; its leader may be confirming at this very moment.
         try:
             row = connection.execute(
-                f"""
-                SELECT noted.system_identifier, noted.confirmed_lsn::text, noted.noted_at::text,
-                       slot.confirmed_flush_lsn::text, slot.confirmed_flush_lsn > noted.limit_lsn,
-                       counted.since = noted.counted_since AND counted.transactions < noted.decoded_transactions
-                  FROM cdc_outbox.confirmation AS noted
-                  JOIN pg_replication_slots AS slot ON slot.slot_name = noted.slot,
-                       ({_COUNTED}) AS counted
-                 WHERE noted.slot = %(slot)s AND slot.active_pid IS NULL
-                """,  # noqa: S608 - the constant above
-                {"slot": self._slot, "timeline": server.timeline},
+                sql.SQL(
+                    """
+                    SELECT noted.system_identifier, noted.confirmed_lsn::text, noted.noted_at::text,
+                           slot.confirmed_flush_lsn::text, slot.confirmed_flush_lsn > noted.limit_lsn,
+                           counted.since = noted.counted_since AND counted.transactions < noted.decoded_transactions
+                      FROM cdc_outbox.confirmation AS noted
+                      JOIN pg_replication_slots AS slot ON slot.slot_name = noted.slot,
+                           ({counted}) AS counted
+                     WHERE noted.slot = {slot} AND slot.active_pid IS NULL
+                    """
+                ).format(slot=self._slot, counted=_counted(self._slot))
             ).fetchone()
         except (psycopg.errors.UndefinedTable, psycopg.errors.InsufficientPrivilege):
             self.is_noted = False
@@ -148,3 +150,21 @@ class Continuity:
     def _forget(self) -> str:
         statement = sql.SQL("DELETE FROM cdc_outbox.confirmation WHERE slot = {}").format(self._slot)
         return f"{statement.as_string()}, and start the relay again"
+
+
+def begin_sql(slot: str) -> sql.Composed:
+    """The note of a slot that has just been made: losing it before a relay has run is a gap, too.
+
+    What was noted of a slot of this name before stays: a relay will say that this one does not go on from there.
+    """
+    return sql.SQL(
+        """INSERT INTO cdc_outbox.confirmation
+       (slot, system_identifier, confirmed_lsn, limit_lsn, decoded_transactions, counted_since)
+SELECT slot_name, system_identifier::text, confirmed_flush_lsn, confirmed_flush_lsn, transactions, since
+  FROM pg_replication_slots, pg_control_system(), ({counted}) AS counted WHERE slot_name = {slot}
+    ON CONFLICT (slot) DO NOTHING;"""
+    ).format(slot=slot, counted=_counted(slot))
+
+
+def _counted(slot: str) -> sql.Composed:
+    return sql.SQL(_COUNTED).format(slot=slot)

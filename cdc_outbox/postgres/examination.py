@@ -16,8 +16,10 @@ from cdc_outbox.findings import Finding, Findings, looked_at
 from cdc_outbox.postgres import catalog
 from cdc_outbox.postgres.catalog import Table
 from cdc_outbox.postgres.connection import Connection, translated
+from cdc_outbox.postgres.coverage import sent_heaps
 from cdc_outbox.postgres.publication import SentTable, wasteful
 from cdc_outbox.postgres.server import check_same_server
+from cdc_outbox.postgres.slots import check_slot, find_slot
 from cdc_outbox.postgres.stream import ReplicationStream
 
 _IDLE_TIMEOUT_SINCE: Final = 18
@@ -27,6 +29,7 @@ _STATE_RIGHTS: Final = {
     "dead_letter": "SELECT, INSERT, UPDATE",
     "confirmation": "SELECT, INSERT, UPDATE",
     "settled": "SELECT, INSERT, DELETE",
+    "coverage": "SELECT, INSERT, DELETE",
     "canary": "SELECT, INSERT, DELETE",
 }
 
@@ -62,7 +65,7 @@ def _examine_slots(connection: Connection, slot: str, most: int) -> Finding:
     )
     found = f"{used} of {most} replication slots are used"
     if used >= most and not is_there:
-        mend = f"ALTER SYSTEM SET max_replication_slots = {most + 4}, and restart PostgreSQL; or drop a slot"
+        mend = f"ALTER SYSTEM SET max_replication_slots = {most + 4}, and restart PostgreSQL"
         return Finding("free slots", "failed", f"{found}, and {slot!r} is not among them", mend)
     return Finding("free slots", "ok", found)
 
@@ -111,33 +114,82 @@ def examine_publication(connection: Connection, check: Callable[[], SentTable], 
     for waste in wasteful(publication):
         mend = f"ALTER PUBLICATION {publication.identifier} SET (publish = 'insert')"
         yield Finding("publication", "warning", waste, mend)
-    yield from _examine_age(connection, publication.name, slot)
+    yield from _examine_age(connection, sent, slot)
+    yield from _examine_updates(connection, sent, slot)
+    yield from _examine_partitioning(connection, sent)
 
 
-def _examine_age(connection: Connection, publication: str, slot: str) -> Findings:
-    row = _rows(
-        connection,
-        "comparing publication and slot",
-        "SELECT age(slot.catalog_xmin) >= age(publication.xmin)"
-        " FROM pg_publication AS publication, pg_replication_slots AS slot WHERE pubname = %s AND slot_name = %s",
-        [publication, slot],
-    )
-    if row == [(True,)]:
+def _examine_age(connection: Connection, sent: SentTable, slot: str) -> Findings:
+    """Rows that are older than what is sent today may not come, and PostgreSQL 18 says nothing."""
+    check, name = "publication's age", sent.publication.name
+    try:
+        with translated("comparing publication and slot"):
+            is_older = connection.execute(
+                sql.SQL(
+                    "SELECT FROM ({}) AS sent JOIN cdc_outbox.coverage USING (heap, fingerprint)"
+                    " JOIN cdc_outbox.settled ON settled.coverage = coverage.id"
+                    " JOIN pg_replication_slots ON slot_name = slot AND lsn <= confirmed_flush_lsn WHERE slot = {}"
+                ).format(sent_heaps(catalog.server_major(connection), name, sql.Literal(sent.table.oid)), slot)
+            ).rowcount
+    except CdcOutboxError as error:  # no schema cdc_outbox, or no right to it: said elsewhere
+        yield Finding(check, "warning", f"cannot be told: {error.message}", error.hint)
+        return
+    if is_older:
+        yield Finding(check, "ok", "older than what the slot has yet to read")
+    elif find_slot(connection, slot):
         yield Finding(
-            "publication's age",
+            check,
             "warning",
-            f"publication {publication!r} was made or altered after what slot {slot!r} still has to read; if it was "
-            "made anew, PostgreSQL does not send what lies between",
-            "let the slot catch up; if the relay ends with exit code 3, drop the slot and run: cdc-outbox migrate up",
+            f"what {name!r} sends of {sent.table} was changed after what slot {slot!r} has confirmed: rows from before "
+            "that may not come, and count as unknown",
+            "let the relay catch up; then see: SELECT * FROM cdc_outbox.event_status WHERE state = 'unknown'",
         )
-    elif row:
-        yield Finding("publication's age", "ok", "older than what the slot has yet to read")
+
+
+def _examine_updates(connection: Connection, sent: SentTable, slot: str) -> Findings:
+    """Where rows may be there that were never sent, each update makes it unknown what became of what."""
+    try:
+        rows = _rows(
+            connection,
+            "looking for updates",
+            "SELECT heap::regclass::text, count(DISTINCT updates) - 1"
+            "  FROM cdc_outbox.settled JOIN cdc_outbox.coverage ON coverage.id = settled.coverage"
+            " WHERE slot = %s AND settled_at > now() - interval '1 hour' AND NOT complete"
+            " GROUP BY heap HAVING count(DISTINCT updates) > 1 ORDER BY 2 DESC LIMIT 1",
+            [slot],
+        )
+    except CdcOutboxError:
+        return
+    for heap, times in rows:
+        yield Finding(
+            "updates",
+            "warning",
+            f"rows of {heap} were updated, {times} times or more in the last hour: rows written around that time stay "
+            "unknown, and prune keeps them, because an update could pass a row that was never sent for a new one",
+            f"do not update {sent.table}: keep what changes in another table, or let the outbox be emptied once",
+        )
+
+
+def _examine_partitioning(connection: Connection, sent: SentTable) -> Findings:
+    rows = _rows(
+        connection,
+        "looking at the partitioning",
+        "SELECT FROM pg_partitioned_table WHERE partrelid = ANY(%s) AND partstrat = 'l'",
+        [list(sent.oids)],
+    )
+    if rows:
+        yield Finding(
+            "partitioning",
+            "warning",
+            f"{sent.table} is partitioned by LIST: an UPDATE that moves a row to another partition sends it again",
+            "never change the column that it is partitioned by; partition by time instead",
+        )
 
 
 def examine_slot(connection: Connection, slot: str) -> Findings:
     """Whether it can be streamed from, how it stands, and who holds it."""
     try:
-        found = catalog.check_slot(connection, slot)
+        found = check_slot(connection, slot)
     except CdcOutboxError as error:
         yield Finding("slot", "failed", error.message, error.hint)
         return

@@ -20,16 +20,11 @@ from psycopg import sql
 
 from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.errors import OperatorNeeded
-from cdc_outbox.postgres.catalog import (
-    check_server,
-    check_slot,
-    create_slot_sql,
-    find_slot,
-    find_table,
-)
-from cdc_outbox.postgres.connection import Connection, translated
+from cdc_outbox.postgres import continuity, settlement
+from cdc_outbox.postgres.catalog import check_server, find_table, server_major
+from cdc_outbox.postgres.connection import SLOT_HINTS, Connection, translated
 from cdc_outbox.postgres.publication import check_publication, wasteful
-from cdc_outbox.postgres.settlement import begin_sql
+from cdc_outbox.postgres.slots import check_slot, check_whose_slot, create_slot_sql, find_slot, slot_anew_hint
 
 #: Any number, as long as every cdc-outbox uses the same one: 'cdcob' in ASCII.
 _ADVISORY_LOCK: Final = 0x6364636F62
@@ -110,16 +105,19 @@ def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step
     Raises OperatorNeeded if a file was changed after it was applied, or what is there does not fit together;
     ConfigurationError if failover slots are asked of a server that has none.
     """
+    slot = find_slot(connection, target.slot)
+    if slot is not None:
+        check_whose_slot(connection, slot)
     pending = _pending(connection, target)
     steps = [Step(f"apply {migration.name}", _script(connection, migration)) for migration in pending]
-    slot = find_slot(connection, target.slot)
     made = {migration.name for migration in pending}
     listed = _heard_tables_listed(connection, target.publication)
     if listed is None:
         if slot is not None:
             raise OperatorNeeded(
                 f"slot {target.slot!r} is older than publication {target.publication!r}, which does not exist",
-                hint="a publication made now would not serve that slot; drop the slot, then run this again",
+                hint="a publication made now would not serve what that slot has yet to read; name the one that it was "
+                f"made for with postgres.publication; if there is none, {slot_anew_hint(slot.name, slot.database)}",
             )
         if _PUBLICATION_FILE not in made:
             script = _publication_script(connection, target, table_is_made=_TABLE_FILE in made)
@@ -131,9 +129,7 @@ def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step
                 script = f"ALTER PUBLICATION {name} ADD TABLE cdc_outbox.{table};"
                 steps.append(Step(f"add cdc_outbox.{table} to publication {target.publication}", script))
     if slot is None:
-        script = create_slot_sql(connection, target.slot, failover=failover)
-        begin = begin_sql(target.slot).as_string(connection)
-        steps.append(Step(f"create slot {target.slot} (waits for open transactions to end)", f"{script}\n{begin};"))
+        steps.append(_slot_step(connection, target, table_is_made=_TABLE_FILE in made, failover=failover))
     return steps + _view_steps(connection, target, table_is_made=_TABLE_FILE in made)
 
 
@@ -146,7 +142,7 @@ def up(connection: Connection, target: Target, *, failover: bool, report: Report
     with _advisory_lock(connection):
         for step in plan(connection, target, failover=failover):
             report(step.title)
-            with translated(step.title):
+            with translated(step.title, SLOT_HINTS):
                 connection.execute(step.script.encode())
         check_slot(connection, target.slot)
         table = find_table(connection, target.table)
@@ -181,22 +177,48 @@ def _heard_tables_listed(connection: Connection, publication: str) -> set[str] |
     return set(_HEARD_TABLES) if for_all_tables else set(listed)
 
 
+def _slot_step(connection: Connection, target: Target, *, table_is_made: bool, failover: bool) -> Step:
+    """The slot, and what is noted of it at once."""
+    outbox = _outbox_identifier(connection, target, [], table_is_made=table_is_made)
+    may_read = True
+    if not table_is_made:
+        with translated(f"looking up rights to {target.table}"):
+            row = connection.execute("SELECT has_table_privilege(%s, 'SELECT')", [outbox.as_string()]).fetchone()
+        may_read = row == (True,)
+    begin = settlement.begin_sql(server_major(connection), target.slot, target.publication, outbox, may_read=may_read)
+    script = "\n".join(
+        [
+            create_slot_sql(connection, target.slot, failover=failover),
+            begin.as_string(connection),
+            continuity.begin_sql(target.slot).as_string(connection),
+        ]
+    )
+    return Step(f"create slot {target.slot} (waits for open transactions to end)", script)
+
+
 def _view_steps(connection: Connection, target: Target, *, table_is_made: bool) -> list[Step]:
-    """The view of this outbox and slot, unless it is there. Raises OperatorNeeded if a column is missing."""
+    """Enter this outbox for its slot and make the view anew, unless both are so. Raises OperatorNeeded."""
     table = None if table_is_made else find_table(connection, target.table)
     resolved = target.columns.of(table.columns if table else ())
     columns = [resolved[field] for field in ("id", "aggregate_id", "event_type")]
-    name = _outbox_identifier(connection, target, columns, table_is_made=table_is_made).as_string(connection)
-    listed = ", ".join(columns)
-    described = f"Which events are known to be published: {name} ({listed}) through slot {target.slot}"
+    outbox = _outbox_identifier(connection, target, columns, table_is_made=table_is_made)
     with translated("looking up view cdc_outbox.event_status"):
-        row = connection.execute(
-            "SELECT obj_description(to_regclass('cdc_outbox.event_status'), 'pg_class')"
-        ).fetchone()
-    if row == (described,):
-        return []
-    call = sql.SQL("CALL cdc_outbox.make_event_status({}, {}, {}, {}, {});").format(name, target.slot, *columns)
-    return [Step("make view cdc_outbox.event_status", call.as_string(connection))]
+        is_made = connection.execute("SELECT to_regclass('cdc_outbox.event_status') IS NOT NULL").fetchone() == (True,)
+        if is_made:
+            entered = connection.execute(
+                "SELECT FROM cdc_outbox.outbox WHERE (slot, outbox, id, aggregate_id, event_type)"
+                " = (%s, to_regclass(%s), %s, %s, %s)",
+                [target.slot, outbox.as_string(), *columns],
+            )
+            if entered.rowcount:
+                return []
+    script = sql.SQL(
+        """INSERT INTO cdc_outbox.outbox (slot, outbox, id, aggregate_id, event_type) VALUES ({}, {}, {}, {}, {})
+    ON CONFLICT (slot) DO UPDATE SET (outbox, id, aggregate_id, event_type)
+     = (excluded.outbox, excluded.id, excluded.aggregate_id, excluded.event_type);
+CALL cdc_outbox.make_event_status();"""
+    ).format(target.slot, outbox.as_string(), *columns)
+    return [Step("make view cdc_outbox.event_status", script.as_string(connection))]
 
 
 def _publication_script(connection: Connection, target: Target, *, table_is_made: bool) -> str:

@@ -15,8 +15,8 @@ from psycopg_pool import ConnectionPool, PoolTimeout
 
 from cdc_outbox.errors import SourceUnavailable
 from cdc_outbox.postgres.canary import plant
-from cdc_outbox.postgres.catalog import Slot, find_slot
 from cdc_outbox.postgres.connection import BoundedConnection, Connection, connect, connection_parameters, translated
+from cdc_outbox.postgres.slots import Slot, find_slot
 
 _TIMEOUT_SECONDS: Final = 1.0
 

@@ -1,6 +1,7 @@
 """Pruning: deletes rows of the outbox that are known to be published, and nothing else.
 
-Known is what settlement.py says. A dead letter keeps its row until it is redriven.
+Known is what the relay has noted (settlement.py), of each heap by itself. A dead letter keeps its row until it is
+redriven.
 An outbox that is partitioned by time loses whole partitions; any other loses rows, a few blocks of the table at a time,
 so that no lock and no transaction lasts. Source: PostgreSQL manual, "Table Partitioning", "System Columns" (ctid).
 """
@@ -15,12 +16,20 @@ from psycopg import sql
 
 from cdc_outbox.postgres.catalog import Table
 from cdc_outbox.postgres.connection import Connection, translated
-from cdc_outbox.postgres.settlement import Known, known_settled
+from cdc_outbox.postgres.event_status import Known, known_published
 
 #: 8 kB each: some thousands of rows in a transaction, a fraction of a second.
 _BLOCKS_AT_A_TIME: Final = 128
 #: Dropping a partition locks the outbox. Whoever writes waits for us no longer than we wait for them.
 _LOCK_TIMEOUT: Final = "1s"
+
+#: By the OID of a heap, the condition by which its rows may go; of other heaps none may.
+_MayGo = dict[int, sql.Composed]
+#: A publication that sends deletes, whose ever it is, wants to say which row: PostgreSQL refuses them without a key.
+_HINTS: Final = {
+    "55000": "a publication sends deletes of that table, and it has no key: give it a primary key, or ALTER TABLE ... "
+    "REPLICA IDENTITY FULL",
+}
 
 #: Called with how much of the work is done and how much there is.
 Progress = Callable[[int, int], None]
@@ -43,18 +52,18 @@ def prune(
     Raises OperatorNeeded if the role may not (DELETE on the table and SELECT in schema cdc_outbox; of a partitioned
     table, ownership); SourceUnavailable, and then what was deleted before stays deleted.
     """
-    known = known_settled(connection, slot, for_at_least=older_than)
+    known = known_published(connection, slot, for_at_least=older_than)
     if not known:
         return Pruned(0)
-    may_go = _may_go(known, sql.Identifier("event", id_column))
-    with translated(f"pruning {table}"):
+    may_go = {heap: _may_go(told, sql.Identifier("event", id_column)) for heap, told in known.items()}
+    with translated(f"pruning {table}", _HINTS):
         if _is_partitioned_by_time(connection, table):
             return _drop_partitions(connection, _past_partitions(connection, table, older_than), may_go, progress)
         return Pruned(_delete_rows(connection, _leaves(connection, table), may_go, progress))
 
 
 def _may_go(known: list[Known], row_id: sql.Identifier) -> sql.Composed:
-    """The condition by which a row, ``event``, may go."""
+    """The condition by which a row, ``event``, of a heap of which so much is known may go."""
     return sql.SQL(
         "(({settled}) AND {id} IS NOT NULL AND NOT EXISTS (SELECT FROM cdc_outbox.dead_letter AS letter"
         " WHERE letter.event_id = {id}::text AND letter.state <> 'redriven'))"
@@ -68,6 +77,7 @@ def _may_go(known: list[Known], row_id: sql.Identifier) -> sql.Composed:
 class _Leaf:
     """A table that holds rows: the outbox itself, or a partition of it."""
 
+    heap: int
     name: sql.Identifier
     blocks: int
 
@@ -75,7 +85,7 @@ class _Leaf:
 def _leaves(connection: Connection, table: Table) -> list[_Leaf]:
     rows = connection.execute(
         """
-        SELECT n.nspname, c.relname, pg_relation_size(c.oid) / current_setting('block_size')::int
+        SELECT c.oid::int8, n.nspname, c.relname, pg_relation_size(c.oid) / current_setting('block_size')::int
           FROM (SELECT %(table)s::regclass UNION SELECT relid FROM pg_partition_tree(%(table)s)) AS tree (relid)
           JOIN pg_class c ON c.oid = tree.relid
           JOIN pg_namespace n ON n.oid = c.relnamespace
@@ -84,16 +94,17 @@ def _leaves(connection: Connection, table: Table) -> list[_Leaf]:
         """,
         {"table": table.identifier.as_string(connection)},
     ).fetchall()
-    return [_Leaf(sql.Identifier(space, name), blocks) for space, name, blocks in rows]
+    return [_Leaf(heap, sql.Identifier(space, name), blocks) for heap, space, name, blocks in rows]
 
 
-def _delete_rows(connection: Connection, leaves: list[_Leaf], may_go: sql.Composed, progress: Progress) -> int:
+def _delete_rows(connection: Connection, leaves: list[_Leaf], may_go: _MayGo, progress: Progress) -> int:
+    leaves = [leaf for leaf in leaves if leaf.heap in may_go]
     total_blocks = sum(leaf.blocks for leaf in leaves)
     deleted = done_blocks = 0
     for leaf in leaves:
         statement = sql.SQL(
             "DELETE FROM ONLY {} AS event WHERE ctid >= %s::text::tid AND ctid < %s::text::tid AND {}"
-        ).format(leaf.name, may_go)
+        ).format(leaf.name, may_go[leaf.heap])
         for block in range(0, leaf.blocks, _BLOCKS_AT_A_TIME):
             end = min(block + _BLOCKS_AT_A_TIME, leaf.blocks)
             deleted += connection.execute(statement, [f"({block},0)", f"({end},0)"]).rowcount
@@ -118,11 +129,11 @@ def _is_partitioned_by_time(connection: Connection, table: Table) -> bool:
     return row is not None
 
 
-def _past_partitions(connection: Connection, table: Table, older_than: timedelta) -> list[sql.Identifier]:
+def _past_partitions(connection: Connection, table: Table, older_than: timedelta) -> list[tuple[int, sql.Identifier]]:
     """Those into which nothing belongs that was written within ``older_than``. Never the default one."""
     rows = connection.execute(
         """
-        SELECT n.nspname, c.relname
+        SELECT c.oid::int8, n.nspname, c.relname
           FROM pg_inherits AS i
           JOIN pg_class AS c ON c.oid = i.inhrelid
           JOIN pg_namespace AS n ON n.oid = c.relnamespace
@@ -133,18 +144,18 @@ def _past_partitions(connection: Connection, table: Table, older_than: timedelta
         """,
         [table.identifier.as_string(connection), older_than],
     ).fetchall()
-    return [sql.Identifier(*row) for row in rows]
+    return [(heap, sql.Identifier(*name)) for heap, *name in rows]
 
 
 def _drop_partitions(
-    connection: Connection, partitions: list[sql.Identifier], may_go: sql.Composed, progress: Progress
+    connection: Connection, partitions: list[tuple[int, sql.Identifier]], may_go: _MayGo, progress: Progress
 ) -> Pruned:
     rows = 0
     dropped: list[str] = []
     busy: list[str] = []
-    for done, partition in enumerate(partitions, start=1):
+    for done, (heap, partition) in enumerate(partitions, start=1):
         try:
-            count = _drop(connection, partition, may_go)
+            count = _drop(connection, partition, may_go[heap]) if heap in may_go else 0
         except psycopg.errors.LockNotAvailable:
             busy.append(partition.as_string(connection))
         else:

@@ -1,27 +1,38 @@
-"""Settlement: which transactions, and so which rows of the outbox, are known to be published.
+"""Settlement: the relay notes which transactions are settled, and of which heaps every row was sent.
 
-The relay takes a snapshot now and then, and where the log ends just after it. When that LSN is reached by what is
-settled, the snapshot is noted in cdc_outbox.settled (sql/0007_settled.sql says what follows from a note, and what
-does not). The slot's own confirmed position is never asked: anybody can move that by hand.
+It takes a snapshot now and then, where the log ends just after it, and what the publication sends. When that LSN is
+reached by what is settled, all of it is noted in cdc_outbox.settled (sql/0007_settled.sql says what follows from a
+note, and what does not). The slot's own confirmed position is never asked: anybody can move that by hand.
 Source: PostgreSQL manual, "Transaction ID and Snapshot Information Functions".
 """
 
 import time
+import uuid
+from collections import deque
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, Final
 
 from psycopg import sql
 
-from cdc_outbox.config import ColumnsConfig
-from cdc_outbox.postgres.catalog import Table
+from cdc_outbox.postgres.catalog import server_major
 from cdc_outbox.postgres.connection import Connection, translated
+from cdc_outbox.postgres.coverage import Coverage, Covered, SentHeap, extend, sent_heaps
 from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.postgres.publication import SentTable
 
 _TAKE_EVERY_SECONDS: Final = 1.0
+#: A session reports what it has updated at the latest ten seconds after its transaction (PGSTAT_IDLE_INTERVAL), unless
+#: it is in the next one by then. Only so long after a snapshot is PostgreSQL's count of updates sure to tell of it.
+_UPDATES_COUNTED_SECONDS: Final = 11.0
 _THIN_EVERY_SECONDS: Final = 600.0
-#: More rows than this nobody reads; the count says how many there are.
-_MOST_STUCK_SHOWN: Final = 100
+
+_READ_HEAPS: Final = "(SELECT coalesce(json_agg(json_build_array(heap, fingerprint, updates)), '[]') FROM ({}) AS sent)"
+#: One statement: its snapshot is taken before the functions ask for the log's end, and for what is counted.
+_TAKE: Final = f"""
+    SELECT snapshot::text, pg_current_wal_insert_lsn()::text, clock_timestamp(), pg_snapshot_xmin(snapshot)::text,
+           pg_snapshot_xmin(snapshot) < pg_snapshot_xmax(snapshot), {_READ_HEAPS}
+      FROM pg_current_snapshot() AS snapshot
+"""  # noqa: S608 - constants
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,26 +41,38 @@ class _Taken:
     lsn: LSN
     at: Any
     """By the server's clock."""
+    earlier: str | None
+    """The last snapshot from before updates could be on their way to being counted."""
 
 
 class Settlement:
     """What one session notes of its slot. Raises in every method what ``translated`` says."""
 
-    def __init__(self, connection: Connection, slot: str, system_identifier: str, *, confirmed: LSN) -> None:
+    def __init__(
+        self, connection: Connection, slot: str, system_identifier: str, sent: SentTable, *, confirmed: LSN
+    ) -> None:
         """``confirmed`` is where the slot stands now, with nothing confirmed beyond it."""
         self._connection = connection
         self._slot = slot
         self._system_identifier = system_identifier
-        self._since = self._since_when(confirmed)
+        self._sent_heaps = sent_heaps(server_major(connection), sent.publication.name, sql.Literal(sent.table.oid))
         self._taken: _Taken | None = None
         #: events were settled since the last snapshot
         self._carried = True
         #: the last snapshot may have missed something: transactions were open in it, or one that came through the log
-        #: just before (it is there a moment before a snapshot sees it as ended)
+        #: just before (it is there a moment before a snapshot sees it as ended), or a heap was seen for the first time
         self._look_again = False
-        #: the oldest transaction that was open in it
+        #: when another snapshot is to be taken so that updates are sure to be counted; monotonic seconds
+        self._sure_at = float("inf")
+        #: the oldest transaction that was open in the last snapshot
         self._xmin = ""
+        #: snapshots of the last seconds, oldest first, with the monotonic seconds of their taking
+        self._recent: deque[tuple[float, str]] = deque()
         self._take_at = self._thin_at = time.monotonic()
+        self._seen = self._read_heaps()
+        self._coverage_id, self._coverage = "", Coverage()
+        self._is_coverage_noted = True
+        self._go_on(confirmed)
 
     def carried(self) -> None:
         """Events were settled."""
@@ -60,22 +83,27 @@ class Settlement:
 
         False if none was taken, or it tells no more than the last one.
         """
-        if self._taken or not (self._carried or self._look_again) or time.monotonic() < self._take_at:
+        now = time.monotonic()
+        is_sure = now >= self._sure_at
+        if self._taken or now < self._take_at or not (self._carried or self._look_again or is_sure):
             return False
-        self._take_at = time.monotonic() + _TAKE_EVERY_SECONDS
+        self._take_at = now + _TAKE_EVERY_SECONDS
         with translated("taking a snapshot"):
-            # One statement: its snapshot is taken before the function asks for the log's end.
-            row = self._connection.execute(
-                "SELECT snapshot::text, pg_current_wal_insert_lsn()::text, clock_timestamp(),"
-                " pg_snapshot_xmin(snapshot)::text, pg_snapshot_xmin(snapshot) < pg_snapshot_xmax(snapshot)"
-                " FROM pg_current_snapshot() AS snapshot"
-            ).fetchone()
+            row = self._connection.execute(sql.SQL(_TAKE).format(self._sent_heaps)).fetchone()
         assert row is not None
-        snapshot, lsn, at, xmin, some_are_open = row
-        self._look_again = some_are_open or self._carried
-        if not self._carried and xmin == self._xmin:
+        snapshot, lsn, at, xmin, some_are_open, heaps = row
+        before, self._seen = self._seen, _seen(heaps)
+        extended = extend(self._coverage, before, self._seen, snapshot)
+        self._look_again = some_are_open or self._carried or extended.keys() != self._seen.keys()
+        if extended != self._coverage:
+            self._cover(extended)
+        elif not self._carried and not is_sure and xmin == self._xmin:
             return False
-        self._taken = _Taken(snapshot, LSN.parse(lsn), at)
+        if self._carried and not all(covered.complete for covered in extended.values()):
+            self._sure_at = now + _UPDATES_COUNTED_SECONDS
+        elif is_sure:
+            self._sure_at = float("inf")
+        self._taken = _Taken(snapshot, LSN.parse(lsn), at, self._earlier(now, snapshot))
         self._carried, self._xmin = False, xmin
         return True
 
@@ -89,150 +117,155 @@ class Settlement:
             self._thin_at = time.monotonic() + _THIN_EVERY_SECONDS
             self._thin()
 
-    def _since_when(self, confirmed: LSN) -> str:
-        """The snapshot by which the slot had begun, noted now if nobody has.
+    def _read_heaps(self) -> dict[int, SentHeap]:
+        with translated("reading what the publication sends"):
+            row = self._connection.execute(sql.SQL("SELECT " + _READ_HEAPS).format(self._sent_heaps)).fetchone()
+        assert row is not None
+        return _seen(row[0])
 
-        It goes on from the last note as long as Continuity knows of the slot. Of a slot it does not know, it began
-        where it stands: `migrate` notes that when it makes one.
+    def _go_on(self, confirmed: LSN) -> None:
+        """Take over from the slot's last note what is unbroken since, and note at once what is not.
+
+        It goes on from there as long as Continuity knows of the slot. Of a slot it does not know, it began where it
+        stands, if `migrate` has noted that when it made it; else nothing is known of what came before. Not noted at
+        once, a break would be forgotten by the next session, should this one settle events and note no snapshot.
         """
         with translated("reading cdc_outbox.settled"):
-            row = self._connection.execute(
+            rows = self._connection.execute(
                 """
-                SELECT since::text
-                  FROM cdc_outbox.settled
-                 WHERE slot = %(slot)s AND system_identifier = %(system)s
-                   AND (EXISTS (SELECT FROM cdc_outbox.confirmation WHERE slot = %(slot)s)
-                        OR (lsn = %(confirmed)s::pg_lsn AND snapshot::text = since::text))
-                 ORDER BY pg_snapshot_xmax(snapshot) DESC, settled_at DESC
-                 LIMIT 1
+                SELECT last.id, goes_on, last.coverage::text, heap::int8, since::text, complete, fingerprint, updates
+                  FROM (SELECT id, coverage, lsn = %(confirmed)s::pg_lsn
+                               OR EXISTS (SELECT FROM cdc_outbox.confirmation WHERE slot = %(slot)s) AS goes_on
+                          FROM cdc_outbox.settled
+                         WHERE slot = %(slot)s AND system_identifier = %(system)s
+                         ORDER BY pg_snapshot_xmax(snapshot) DESC, id DESC
+                         LIMIT 1) AS last
+                  LEFT JOIN cdc_outbox.coverage ON coverage.id = last.coverage
                 """,
                 {"slot": self._slot, "system": self._system_identifier, "confirmed": str(confirmed)},
-            ).fetchone()
-            if row is None:
-                row = self._connection.execute(begin_sql(self._slot) + sql.SQL(" RETURNING since::text")).fetchone()
-        assert row is not None
-        return str(row[0])
+            ).fetchall()
+        if not rows:
+            return
+        last, slot_goes_on, coverage_id, *_ = rows[0]
+        noted = {
+            heap: Covered(since, complete, SentHeap(fingerprint, updates))
+            for *_, heap, since, complete, fingerprint, updates in rows
+            if heap is not None
+        }
+        unbroken = {
+            heap: covered
+            for heap, covered in noted.items()
+            if slot_goes_on and heap in self._seen and covered.goes_on_with(self._seen[heap])
+        }
+        if unbroken == noted:
+            self._coverage_id, self._coverage = coverage_id, noted
+            return
+        self._cover(unbroken)
+        with translated("noting what is covered in cdc_outbox.settled"), self._connection.transaction():
+            self._note_coverage()
+            self._connection.execute(
+                "INSERT INTO cdc_outbox.settled (slot, system_identifier, snapshot, earlier, lsn, coverage, taken_at)"
+                " SELECT slot, system_identifier, snapshot, earlier, lsn, %s, taken_at"
+                " FROM cdc_outbox.settled WHERE id = %s",
+                [self._coverage_id, last],
+            )
+        self._is_coverage_noted = True
+
+    def _cover(self, coverage: Coverage) -> None:
+        self._coverage_id, self._coverage = str(uuid.uuid4()), coverage
+        self._is_coverage_noted = False
+
+    def _earlier(self, now: float, snapshot: str) -> str | None:
+        self._recent.append((now, snapshot))
+        while len(self._recent) > 1 and self._recent[1][0] <= now - _UPDATES_COUNTED_SECONDS:
+            self._recent.popleft()
+        at, oldest = self._recent[0]
+        return oldest if at <= now - _UPDATES_COUNTED_SECONDS else None
 
     def _note(self, taken: _Taken) -> None:
-        with translated("noting what is settled in cdc_outbox.settled"):
+        with translated("noting what is settled in cdc_outbox.settled"), self._connection.transaction():
+            if not self._is_coverage_noted:
+                self._note_coverage()
             self._connection.execute(
-                "INSERT INTO cdc_outbox.settled (slot, system_identifier, snapshot, lsn, since, taken_at)"
-                " VALUES (%s, %s, %s::pg_snapshot, %s::pg_lsn, %s::pg_snapshot, %s)",
-                [self._slot, self._system_identifier, taken.snapshot, str(taken.lsn), self._since, taken.at],
+                "INSERT INTO cdc_outbox.settled (slot, system_identifier, snapshot, earlier, lsn, coverage, taken_at)"
+                " VALUES (%s, %s, %s::pg_snapshot, %s::pg_snapshot, %s::pg_lsn, %s, %s)",
+                [
+                    self._slot,
+                    self._system_identifier,
+                    taken.snapshot,
+                    taken.earlier,
+                    str(taken.lsn),
+                    self._coverage_id,
+                    taken.at,
+                ],
+            )
+        self._is_coverage_noted = True
+
+    def _note_coverage(self) -> None:
+        with self._connection.cursor() as cursor:
+            cursor.executemany(
+                "INSERT INTO cdc_outbox.coverage (id, heap, since, complete, fingerprint, updates)"
+                " VALUES (%s, %s, %s::pg_snapshot, %s, %s, %s)",
+                [
+                    (self._coverage_id, heap, each.since, each.complete, each.heap.fingerprint, each.heap.updates)
+                    for heap, each in self._coverage.items()
+                ],
             )
 
     def _thin(self) -> None:
-        """Of what is older than an hour keep one note a minute, of what is older than a day one an hour."""
-        with translated("thinning out cdc_outbox.settled"):
+        """Of what is older than an hour keep one note a minute, of what is older than a day one an hour.
+
+        Of each coverage that says anything the last note stays: it is the furthest that it goes.
+        """
+        with translated("thinning out cdc_outbox.settled"), self._connection.transaction():
             self._connection.execute(
                 """
-                DELETE FROM cdc_outbox.settled AS note
-                 USING (SELECT ctid, row_number() OVER (
-                                 PARTITION BY system_identifier, since::text,
+                DELETE FROM cdc_outbox.settled
+                 USING (SELECT id, row_number() OVER (
+                                 PARTITION BY system_identifier, coverage,
                                      date_trunc(CASE WHEN settled_at < now() - interval '1 day'
                                                      THEN 'hour' ELSE 'minute' END, settled_at)
-                                     ORDER BY pg_snapshot_xmin(snapshot) DESC)
-                          FROM cdc_outbox.settled
-                         WHERE slot = %s AND settled_at < now() - interval '1 hour' AND snapshot::text <> since::text)
-                       AS old (ctid, nth)
-                 WHERE note.ctid = old.ctid AND nth > 1
+                                     ORDER BY pg_snapshot_xmin(snapshot) DESC, id DESC) AS nth,
+                               EXISTS (SELECT FROM cdc_outbox.coverage AS covered
+                                        WHERE covered.id = note.coverage
+                                          AND (complete OR pg_snapshot_xmin(earlier) > pg_snapshot_xmax(since))) AS says
+                          FROM cdc_outbox.settled AS note
+                         WHERE slot = %(slot)s AND settled_at < now() - interval '1 hour'
+                           AND id <> (SELECT id FROM cdc_outbox.settled WHERE slot = %(slot)s
+                                       ORDER BY pg_snapshot_xmax(snapshot) DESC, id DESC LIMIT 1)) AS old
+                 WHERE settled.id = old.id AND (nth > 1 OR NOT says)
                 """,
-                [self._slot],
+                {"slot": self._slot},
+            )
+            self._connection.execute(
+                "DELETE FROM cdc_outbox.coverage"
+                " WHERE NOT EXISTS (SELECT FROM cdc_outbox.settled WHERE settled.coverage = coverage.id)"
             )
 
 
-def begin_sql(slot: str) -> sql.Composed:
-    """The note of a slot that has just been made: from here on everything comes through it."""
-    return sql.SQL(
-        "INSERT INTO cdc_outbox.settled (slot, system_identifier, snapshot, lsn, since, taken_at)"
-        " SELECT slot_name, system_identifier::text, now, confirmed_flush_lsn, now, clock_timestamp()"
-        " FROM pg_replication_slots, pg_control_system(), pg_current_snapshot() AS now WHERE slot_name = {}"
-    ).format(slot)
+def begin_sql(
+    server_major: int, slot: str, publication: str, outbox: sql.Identifier, *, may_read: bool
+) -> sql.Composed:
+    """The first note of a slot that has just been made: from here on everything comes through it.
 
-
-@dataclass(frozen=True, slots=True)
-class Known:
-    """What a note tells: transactions older than ``before`` that had not ended in ``since`` are settled."""
-
-    before: str
-    since: str
-
-    def condition(self, xmin: sql.Composable) -> sql.Composed:
-        """Whether the row with this xmin is one of theirs."""
-        return sql.SQL(
-            "(cdc_outbox.full_xid({xmin}) < {before}::text::xid8"
-            " AND NOT pg_visible_in_snapshot(cdc_outbox.full_xid({xmin}), {since}::pg_snapshot))"
-        ).format(xmin=xmin, before=self.before, since=self.since)
-
-
-def known_settled(connection: Connection, slot: str, *, for_at_least: timedelta) -> list[Known]:
-    """Of every run of the slot (it may have been made anew) the furthest note that is so old."""
-    with translated("reading cdc_outbox.settled"):
-        rows = connection.execute(
-            """
-            SELECT DISTINCT ON (since::text) pg_snapshot_xmin(snapshot)::text, since::text
-              FROM cdc_outbox.settled
-             WHERE slot = %s AND settled_at <= now() - %s
-               AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
-             ORDER BY since::text, pg_snapshot_xmin(snapshot) DESC
-            """,
-            [slot, for_at_least],
-        ).fetchall()
-    return [Known(*row) for row in rows]
-
-
-@dataclass(frozen=True, slots=True)
-class StuckRow:
-    outbox_id: str
-    aggregate_id: str
-    event_type: str
-    seconds: float | None
-    """Since it was committed, or created where the server does not track that; None if the table does not tell."""
-
-
-def stuck_rows(
-    connection: Connection, table: Table, columns: ColumnsConfig, slot: str, *, patience: timedelta
-) -> tuple[int, list[StuckRow]]:
-    """Rows committed longer ago than ``patience`` that the relay should have settled and has not: how many, and the
-    oldest of them.
-
-    Rows from before the slot, and those that became dead letters, are not stuck. Needs SELECT on the table.
+    Several statements: what is counted must be counted before the snapshot. ``may_read``: whether the outbox may be
+    asked if it is empty.
     """
-    with translated(f"looking for stuck rows in {table}"):
-        tracked = connection.execute("SELECT current_setting('track_commit_timestamp')::bool").fetchone() == (True,)
-        if tracked:
-            committed = sql.SQL("pg_xact_commit_timestamp(event.xmin)")
-        elif "created_at" in table.columns:
-            committed = sql.SQL("event.created_at::timestamptz")
-        else:
-            committed = sql.SQL("NULL::timestamptz")
-        rows = connection.execute(
-            sql.SQL(
-                """
-                WITH latest AS (
-                    SELECT pg_snapshot_xmin(snapshot) AS before, since, taken_at
-                      FROM cdc_outbox.settled
-                     WHERE slot = {slot}
-                       AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
-                     ORDER BY pg_snapshot_xmax(snapshot) DESC, settled_at DESC LIMIT 1)
-                SELECT count(*) OVER (), {id}::text, {aggregate_id}::text, {event_type}::text,
-                       extract(epoch FROM now() - {committed})::float8
-                  FROM latest, {table} AS event
-                 WHERE latest.taken_at < now() - {patience}
-                   AND coalesce({committed} < now() - {patience}, true)
-                   AND cdc_outbox.full_xid(event.xmin) >= latest.before
-                   AND NOT pg_visible_in_snapshot(cdc_outbox.full_xid(event.xmin), latest.since)
-                   AND NOT EXISTS (SELECT FROM cdc_outbox.dead_letter WHERE event_id = event.{id}::text)
-                 ORDER BY {committed} NULLS FIRST
-                 LIMIT {most}
-                """
-            ).format(
-                slot=slot,
-                table=table.identifier,
-                **{field: sql.Identifier(column) for field, column in columns.of(table.columns).items()},
-                committed=committed,
-                patience=sql.SQL("{}::interval").format(patience),
-                most=_MOST_STUCK_SHOWN,
-            )
-        ).fetchall()
-    return (rows[0][0] if rows else 0), [StuckRow(*row[1:]) for row in rows]
+    is_empty = sql.SQL("NOT EXISTS (SELECT FROM {})").format(outbox) if may_read else sql.SQL("false")
+    return sql.SQL(
+        """INSERT INTO cdc_outbox.coverage (id, heap, since, complete, fingerprint, updates)
+SELECT {coverage}, heap, pg_current_snapshot(), false, fingerprint, updates FROM ({heaps}) AS sent;
+INSERT INTO cdc_outbox.settled (slot, system_identifier, snapshot, lsn, coverage, taken_at)
+SELECT slot_name, system_identifier::text, pg_current_snapshot(), confirmed_flush_lsn, {coverage}, clock_timestamp()
+  FROM pg_replication_slots, pg_control_system() WHERE slot_name = {slot};
+UPDATE cdc_outbox.coverage SET since = pg_current_snapshot(), complete = {is_empty} WHERE id = {coverage};"""
+    ).format(
+        coverage=sql.SQL("{}::uuid").format(str(uuid.uuid4())),
+        heaps=sent_heaps(server_major, publication, sql.SQL("{}::regclass").format(sql.Literal(outbox.as_string()))),
+        slot=slot,
+        is_empty=is_empty,
+    )
+
+
+def _seen(heaps: list[list[Any]]) -> dict[int, SentHeap]:
+    return {heap: SentHeap(fingerprint, updates) for heap, fingerprint, updates in heaps}

@@ -7,7 +7,6 @@ Never the blocking form of get_copy_data: it holds the GIL for as long as it wai
 Source: PostgreSQL manual, "Streaming Replication Protocol"; libpq, "Functions Associated with the COPY Command".
 """
 
-import re
 import select
 import time
 from collections.abc import Iterator
@@ -19,11 +18,12 @@ import psycopg
 from psycopg import pq, sql
 from psycopg.errors import lookup as error_class
 
-from cdc_outbox.errors import CdcOutboxError, ConfigurationError, OperatorNeeded, SourceUnavailable
-from cdc_outbox.postgres.connection import connect, connect_replication, explain, first_line, translated
+from cdc_outbox.errors import CdcOutboxError, OperatorNeeded, SourceUnavailable
+from cdc_outbox.postgres.connection import SLOT_HINTS, connect, connect_replication, explain, first_line, translated
 from cdc_outbox.postgres.frames import standby_status_update
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.server import Server
+from cdc_outbox.postgres.slots import check_slot_name, slot_anew_hint
 
 #: Text output must not depend on the server's settings (PostgreSQL's own apply worker does the same). The timeout
 #: bounds how long a frozen relay keeps a standby waiting.
@@ -34,7 +34,6 @@ SET bytea_output = 'hex'; SET wal_sender_timeout = '10s'
 
 _NOT_IN_PREREQUISITE_STATE: Final = "55000"
 _BROKE: Final = "the replication stream broke"
-_SLOT_NAME: Final = re.compile(r"[a-z0-9_]{1,63}")
 
 
 class ReplicationStream:
@@ -77,7 +76,7 @@ class ReplicationStream:
         ``lock_timeout_seconds`` bounds the wait for each transaction that is open to end.
         """
         command = sql.SQL("CREATE_REPLICATION_SLOT {} TEMPORARY LOGICAL pgoutput NOEXPORT_SNAPSHOT")
-        with translated("creating a temporary slot"):
+        with translated("creating a temporary slot", SLOT_HINTS):
             self._connection.execute(f"SET lock_timeout = '{lock_timeout_seconds}s'")
             self._connection.answer_seconds = None
             self._connection.execute(command.format(sql.Identifier(check_slot_name(slot))))
@@ -86,9 +85,10 @@ class ReplicationStream:
         """Raises SlotInUse while another receiver has the slot, OperatorNeeded if it is missing or lost."""
         names = sql.Literal(sql.Identifier(publication).as_string())
         command = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 (proto_version '1', publication_names {})")
-        with translated(f"replication slot {slot!r} cannot be read"):
-            self._connection.execute(command.format(sql.Identifier(check_slot_name(slot)), names))
         self._slot = slot
+        lost = slot_anew_hint(slot, self._connection.info.dbname)
+        with translated(f"replication slot {slot!r} cannot be read", {"42704": lost, "55000": lost}):
+            self._connection.execute(command.format(sql.Identifier(check_slot_name(slot)), names))
         self._pgconn.nonblocking = 1
         self.heard_at = time.monotonic()
 
@@ -200,9 +200,14 @@ class ReplicationStream:
         if notice.sqlstate == _NOT_IN_PREREQUISITE_STATE:
             self._end = OperatorNeeded(
                 f"PostgreSQL sends nothing: {notice.message_primary} ({notice.message_detail})",
-                hint="a publication must be older than what its slot reads: it was dropped, or made after the slot; "
-                "publish what is missing from the table, drop the slot, make the publication, then the slot",
+                hint=self._publication_hint(),
             )
+
+    def _publication_hint(self) -> str:
+        return (
+            "a publication must be older than what its slot has yet to read: this one was dropped, or made later; if "
+            f"there is no other for it, {slot_anew_hint(self._slot, self._connection.info.dbname)}"
+        )
 
     def _explain_end(self) -> CdcOutboxError:
         result = self._pgconn.get_result()
@@ -214,14 +219,6 @@ class ReplicationStream:
             error = error_class(state)(message)
         except KeyError:
             error = psycopg.OperationalError(message)
-        return explain(error, "the server ended the replication stream")
-
-
-def check_slot_name(slot: str) -> str:
-    """Raises ConfigurationError unless PostgreSQL would take ``slot`` as a slot's name."""
-    if not _SLOT_NAME.fullmatch(slot):
-        raise ConfigurationError(
-            f"postgres.slot = {slot!r} is not a slot name",
-            hint="use lower-case letters, digits and underscores, at most 63",
-        )
-    return slot
+        lost = slot_anew_hint(self._slot, self._connection.info.dbname)
+        hints = {"42704": self._publication_hint(), "55000": lost}
+        return explain(error, "the server ended the replication stream", hints)

@@ -14,7 +14,7 @@ from prometheus_client.metrics_core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from cdc_outbox import __version__
-from cdc_outbox.postgres.catalog import Slot
+from cdc_outbox.postgres.slots import Slot
 from cdc_outbox.relay.watermark import Batch
 
 #: As pg_replication_slots has it: fine, more than max_wal_size is kept, about to be lost, lost.

@@ -4,7 +4,8 @@ Over an ordinary connection, never over the one that streams (see `postgres.stre
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from cdc_outbox.config import Config
 from cdc_outbox.errors import OperatorNeeded
@@ -12,17 +13,20 @@ from cdc_outbox.postgres import catalog
 from cdc_outbox.postgres.catalog import Table
 from cdc_outbox.postgres.connection import Connection
 from cdc_outbox.postgres.publication import SentTable, check_publication, wasteful
-from cdc_outbox.relay.router import Outbox, Router, Strays, TopicTemplate, check_payload_type, missing_field
+from cdc_outbox.relay.router import Outbox, Router, Routing, Strays, TopicTemplate, check_payload_type, missing_field
 from cdc_outbox.service.logs import get_logger
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """How rows of the outbox become records, and which rows of other tables may pass."""
+    """How rows become records, and what is sent of the outbox."""
 
-    router: Router
-    strays: Strays
+    routing: Routing
     sent: SentTable
+
+    def also(self, router: Router) -> Self:
+        """With another outbox beside the application's."""
+        return replace(self, routing=replace(self.routing, routers=[*self.routing.routers, router]))
 
 
 def prepare_route(
@@ -38,7 +42,8 @@ def prepare_route(
     outbox = Outbox(table.namespace, table.name, config.outbox.columns.mapping(), sent.oids)
     router = Router(outbox, topic, config.kafka.headers, source, require_topic)
     takes_in_others = publication.of_all_tables or publication.of_schemas
-    return Route(router, Strays(publication.listed if takes_in_others else None, sent.ignored), sent)
+    strays = Strays(publication.listed if takes_in_others else None, sent.ignored)
+    return Route(Routing([router], strays), sent)
 
 
 def check_outbox(config: Config, connection: Connection, topic: TopicTemplate) -> SentTable:

@@ -18,6 +18,7 @@ from cdc_outbox.postgres import dead_letters
 from cdc_outbox.postgres.connection import Connection
 from cdc_outbox.postgres.continuity import HEADROOM_BYTES, Continuity
 from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.postgres.publication import SentTable
 from cdc_outbox.postgres.settlement import Settlement
 from cdc_outbox.relay.dead_letters import DeadLetter, DeadLetters, RedriveRequest
 from cdc_outbox.relay.router import Headers, Record
@@ -67,6 +68,7 @@ class RelayState:
         *,
         slot: str,
         confirmed: LSN,
+        sent: SentTable,
         on_poison: OnPoison,
     ) -> None:
         """``confirmed`` is where the slot stands: dead letters after it may come by once more."""
@@ -76,7 +78,7 @@ class RelayState:
         self._slot = slot
         self._on_poison = on_poison
         self._log = get_logger()
-        self._settlement = Settlement(connection, slot, continuity.system_identifier, confirmed=confirmed)
+        self._settlement = Settlement(connection, slot, continuity.system_identifier, sent, confirmed=confirmed)
         self._noted_at = time.monotonic()
         #: events were confirmed since
         self._unnoted = False

@@ -25,12 +25,13 @@ from cdc_outbox.errors import (
 )
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import Topics
-from cdc_outbox.postgres import catalog
 from cdc_outbox.postgres.connection import Connection, connect_bounded
 from cdc_outbox.postgres.continuity import Continuity
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.monitor import Monitor
+from cdc_outbox.postgres.publication import SentTable
 from cdc_outbox.postgres.server import check_same_server
+from cdc_outbox.postgres.slots import check_slot
 from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.relay.router import Routing, TopicTemplate
 from cdc_outbox.service.canary import Canary, make_canary_router
@@ -38,7 +39,7 @@ from cdc_outbox.service.health import Health
 from cdc_outbox.service.http import HttpServer
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
-from cdc_outbox.service.preflight import check_outbox, prepare_route
+from cdc_outbox.service.preflight import Route, check_outbox, prepare_route
 from cdc_outbox.service.session import Session
 from cdc_outbox.service.shutdown import Shutdown, ShutdownRequested
 from cdc_outbox.service.state import RelayState, SessionState, Stateless
@@ -112,27 +113,27 @@ class Supervisor:
                 connection = stack.enter_context(closing(connect_bounded(self._dsn)))
                 stream = stack.enter_context(ReplicationStream(self._dsn))
                 check_same_server(connection, stream.identify())
-                routing = self._prepare(connection, publisher)
+                route = self._prepare(connection, publisher)
                 self._take_slot(connection, stream, publisher)
-                state = self._make_state(connection)
+                state = self._make_state(connection, route.sent)
             self._streaming_since = time.monotonic()
             self._health.become("streaming")
-            self._relay(stream, publisher, routing, state)
+            self._relay(stream, publisher, route.routing, state)
 
-    def _prepare(self, connection: Connection, publisher: Publisher) -> Routing:
+    def _prepare(self, connection: Connection, publisher: Publisher) -> Route:
         """See that all is there that streaming needs. Raises what says why not."""
         config = self._config
         topics = Topics(publisher, create=config.kafka.create_topics)
         route = prepare_route(config, connection, self._topic, topics.require)
-        catalog.check_slot(connection, config.postgres.slot)
+        check_slot(connection, config.postgres.slot)
         # A relay that cannot reach Kafka must not keep the slot from one that can.
         topics.connect()
         if not self._topic.fields:
             topics.require(self._topic.text)
         if config.canary.every_seconds:
             topics.require(config.canary.topic)
-            return Routing([route.router, make_canary_router(config, topics.require)], route.strays)
-        return Routing([route.router], route.strays)
+            return route.also(make_canary_router(config, topics.require))
+        return route
 
     def _take_slot(self, connection: Connection, stream: ReplicationStream, publisher: Publisher) -> None:
         """Wait for the slot, as a standby while another relay has it."""
@@ -164,16 +165,17 @@ class Supervisor:
                 hint="they are not lost: the slot keeps them, the next start publishes them",
             )
 
-    def _make_state(self, connection: Connection) -> SessionState:
+    def _make_state(self, connection: Connection, sent: SentTable) -> SessionState:
         config = self._config
         if self._continuity.is_noted:
-            slot = catalog.check_slot(connection, config.postgres.slot)
+            slot = check_slot(connection, config.postgres.slot)
             return RelayState(
                 connection,
                 self._continuity,
                 self._metrics,
                 slot=slot.name,
                 confirmed=slot.confirmed_lsn or LSN(0),
+                sent=sent,
                 on_poison=config.relay.on_poison,
             )
         trouble = "schema cdc_outbox is not installed, or this role has no right to it"

@@ -6,6 +6,7 @@ from cdc_outbox.errors import ConfigurationError, OperatorNeeded
 from cdc_outbox.postgres import catalog
 from cdc_outbox.postgres.connection import connect
 from cdc_outbox.postgres.publication import check_publication, wasteful
+from cdc_outbox.postgres.slots import check_slot
 from support.world import World
 
 
@@ -17,7 +18,7 @@ def test_everything_is_there(every_world: World) -> None:
     assert str(table) == "public.outbox"
     assert list(table.columns)[:3] == ["id", "aggregate_type", "aggregate_id"]
     assert wasteful(check_publication(world.db, "cdc_outbox", table).publication) == []
-    slot = catalog.check_slot(world.db, world.slot)
+    slot = check_slot(world.db, world.slot)
     assert slot.lag_bytes is not None
     assert slot.retained_bytes is not None
     assert slot.safe_bytes is None
@@ -76,15 +77,15 @@ def test_a_partitioned_outbox_needs_its_root(every_world: World) -> None:
 def test_slots(every_world: World) -> None:
     world = every_world
     with pytest.raises(OperatorNeeded, match="'nope' does not exist"):
-        catalog.check_slot(world.db, "nope")
+        check_slot(world.db, "nope")
     physical, decoding = f"{world.name}_p", f"{world.name}_d"
     world.db.execute("SELECT pg_create_physical_replication_slot(%s)", [physical])
     try:
         with pytest.raises(OperatorNeeded, match="uses physical replication, not pgoutput"):
-            catalog.check_slot(world.db, physical)
+            check_slot(world.db, physical)
     finally:
         world.db.execute("SELECT pg_drop_replication_slot(%s)", [physical])
     world.db.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [decoding])
-    catalog.check_slot(world.db, decoding)
+    check_slot(world.db, decoding)
     with connect(world.admin_dsn) as other, pytest.raises(OperatorNeeded, match="belongs to database"):
-        catalog.check_slot(other, decoding)
+        check_slot(other, decoding)

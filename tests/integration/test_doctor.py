@@ -93,7 +93,7 @@ _STATE = (
     "USAGE ON SCHEMA cdc_outbox",
     "SELECT, INSERT, UPDATE ON cdc_outbox.dead_letter",
     "SELECT, INSERT, UPDATE ON cdc_outbox.confirmation",
-    "SELECT, INSERT, DELETE ON cdc_outbox.settled",
+    "SELECT, INSERT, DELETE ON cdc_outbox.settled, cdc_outbox.coverage",
     "SELECT, INSERT, DELETE ON cdc_outbox.canary",
 )
 

@@ -14,6 +14,7 @@ from cdc_outbox.postgres.connection import connect
 from cdc_outbox.postgres.migrations import Target
 from cdc_outbox.postgres.publication import check_publication, wasteful
 from cdc_outbox.postgres.server import check_same_server
+from cdc_outbox.postgres.slots import FAILOVER_SINCE, check_slot, find_slot
 from cdc_outbox.postgres.stream import ReplicationStream
 from support.world import World
 
@@ -43,7 +44,7 @@ def test_up_installs_everything_once(every_world: World) -> None:
     assert [step.split()[0] for step in steps] == ["apply"] * FILES + ["create", "make"]
     assert states(world) == ["applied"] * FILES
     assert up(world) == []
-    slot = catalog.find_slot(world.db, world.slot)
+    slot = find_slot(world.db, world.slot)
     assert slot
     assert (slot.plugin, slot.database, slot.active_pid) == ("pgoutput", world.name, None)
 
@@ -175,12 +176,12 @@ def test_a_publication_younger_than_the_slot_is_not_made(every_world: World) -> 
 
 def test_failover_slots(every_world: World) -> None:
     world = every_world
-    if catalog.server_major(world.db) < catalog.FAILOVER_SINCE:
+    if catalog.server_major(world.db) < FAILOVER_SINCE:
         with pytest.raises(ConfigurationError, match="has no failover slots"):
             up(world, failover=True)
         return
     up(world, failover=True)
-    slot = catalog.find_slot(world.db, world.slot)
+    slot = find_slot(world.db, world.slot)
     assert slot
     assert slot.failover is True
 
@@ -243,7 +244,7 @@ def test_the_relay_role_streams(every_world: World) -> None:
         check_same_server(connection, stream.identify())
         assert catalog.find_table(connection, "app.events").columns, "without a right to the schema"
         check_publication(connection, "cdc_outbox", catalog.find_table(connection, "public.outbox"))
-        catalog.check_slot(connection, world.slot)
+        check_slot(connection, world.slot)
         stream.start(world.slot, "cdc_outbox")
 
 

@@ -10,20 +10,29 @@ from psycopg import conninfo
 
 from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.errors import OperatorNeeded
-from cdc_outbox.postgres import catalog, pruning
+from cdc_outbox.postgres import catalog, migrations, pruning
 from cdc_outbox.postgres.connection import connect
 from cdc_outbox.postgres.continuity import Continuity
+from cdc_outbox.postgres.event_status import StuckRow, stuck_rows
 from cdc_outbox.postgres.lsn import LSN
-from cdc_outbox.postgres.settlement import Settlement, StuckRow, stuck_rows
+from cdc_outbox.postgres.publication import check_publication
+from cdc_outbox.postgres.settlement import Settlement
 from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.service.metrics import Metrics
 from cdc_outbox.service.state import RelayState
+from support.waiting import wait_until
 from support.world import World
 
 NOW = timedelta(0)
 
 
 COLUMNS = "(id text, aggregate_type text, aggregate_id text, event_type text, payload text, created_at timestamptz)"
+
+
+@pytest.fixture(autouse=True)
+def updates_are_counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But where a test is about how long that takes."""
+    monkeypatch.setattr("cdc_outbox.postgres.settlement._UPDATES_COUNTED_SECONDS", 0)
 
 
 @pytest.fixture
@@ -53,7 +62,9 @@ def insert(connection: psycopg.Connection, name: str) -> None:
 def settlement(world: World, *, confirmed: LSN | None = None) -> Settlement:
     row = world.db.execute("SELECT system_identifier::text FROM pg_control_system()").fetchone()
     assert row
-    return Settlement(world.db, world.slot, row[0], confirmed=confirmed or world.confirmed_lsn())
+    (publication,) = world.db.execute("SELECT pubname FROM pg_publication").fetchone() or ("",)
+    sent = check_publication(world.db, publication, catalog.find_table(world.db, "public.outbox"))
+    return Settlement(world.db, world.slot, row[0], sent, confirmed=confirmed or world.confirmed_lsn())
 
 
 def end_of_log(world: World) -> LSN:
@@ -181,10 +192,12 @@ def test_what_was_lost_with_a_slot_stays_unknown(migrated: World) -> None:
     insert(migrated.db, "lost")
     migrated.db.execute(f"SELECT pg_create_logical_replication_slot('{migrated.slot}', 'pgoutput')")
     migrated.db.execute("DELETE FROM cdc_outbox.confirmation")
-    settlement(migrated)  # ends at once: it has begun, and that must have been noted
+    settlement(migrated)  # ends at once: what is covered no more must have been noted
     note_confirmation(migrated)
+    session = settlement(migrated)
+    settle(session, migrated)
     insert(migrated.db, "published again")
-    settle(settlement(migrated), migrated)
+    settle(session, migrated)
     assert published(migrated) == {"published", "published again"}
     assert prune(migrated).rows == 2
     assert left(migrated) == {"lost"}
@@ -273,7 +286,10 @@ def test_what_was_settled_while_a_snapshot_waited_is_noted_too(
     with ReplicationStream(migrated.dsn) as stream:
         continuity.check(migrated.db, stream.identify())
     confirmed = migrated.confirmed_lsn()
-    state = RelayState(migrated.db, continuity, Metrics(), slot=migrated.slot, confirmed=confirmed, on_poison="stop")
+    sent = check_publication(migrated.db, "cdc_outbox", catalog.find_table(migrated.db, "public.outbox"))
+    state = RelayState(
+        migrated.db, continuity, Metrics(), slot=migrated.slot, confirmed=confirmed, sent=sent, on_poison="stop"
+    )
     insert(migrated.db, "before the snapshot")
     state.confirming(confirmed, carried=True)
     insert(migrated.db, "while it waits")
@@ -321,14 +337,11 @@ def test_old_notes_are_thinned_and_say_the_same_a_little_later(migrated: World) 
     session = settlement(migrated)
     for _ in range(5):
         settle(session, migrated)
-    migrated.db.execute(
-        "UPDATE cdc_outbox.settled SET settled_at = date_trunc('hour', now()) - interval '3 hours'"
-        " WHERE snapshot::text <> since::text"
-    )
+    migrated.db.execute("UPDATE cdc_outbox.settled SET settled_at = date_trunc('hour', now()) - interval '3 hours'")
     settle(session, migrated)
     session._thin()
     counts = migrated.db.execute("SELECT count(*) FROM cdc_outbox.settled GROUP BY settled_at ORDER BY settled_at")
-    assert counts.fetchall() == [(1,), (1,), (1,)]  # of the 5, of the slot's begin, the youngest
+    assert counts.fetchall() == [(1,), (1,)]  # of the 5 and the slot's begin, the youngest
     assert prune(migrated, older_than=timedelta(hours=1)).rows == 1
 
 
@@ -412,6 +425,277 @@ def test_a_role_that_may_not_delete_is_told_so(migrated: World) -> None:
     with connect(dsn) as connection:
         table = catalog.find_table(connection, "public.outbox")
         insert(migrated.db, "one")
+        settle(settlement(migrated), migrated)
         with pytest.raises(OperatorNeeded, match=r"pruning public.outbox: permission denied"):
             pruning.prune(connection, table, "id", migrated.slot, older_than=NOW, progress=lambda *_: None)
     assert left(migrated) == {"one"}
+
+
+def unknown(world: World) -> set[str]:
+    rows = world.db.execute("SELECT outbox_id FROM cdc_outbox.event_status WHERE state = 'unknown'").fetchall()
+    return {name for (name,) in rows}
+
+
+#: Each takes rows away from what is sent, and a second statement gives the outbox back: what is between never came.
+HOLES = {
+    "table out of the publication": (
+        "ALTER PUBLICATION cdc_outbox DROP TABLE outbox",
+        "ALTER PUBLICATION cdc_outbox ADD TABLE outbox",
+    ),
+    "other operations": (
+        "ALTER PUBLICATION cdc_outbox SET (publish = 'delete')",
+        "ALTER PUBLICATION cdc_outbox SET (publish = 'insert')",
+    ),
+    "publication made anew": (
+        "DROP PUBLICATION cdc_outbox",
+        "CREATE PUBLICATION cdc_outbox FOR TABLE outbox WITH (publish = 'insert')",
+    ),
+    "unlogged": ("ALTER TABLE outbox SET UNLOGGED", "ALTER TABLE outbox SET LOGGED"),
+    "row filter": (
+        "ALTER PUBLICATION cdc_outbox SET TABLE outbox WHERE (id = 'none')",
+        "ALTER PUBLICATION cdc_outbox SET TABLE outbox",
+    ),
+    "schema out of the publication": (
+        "CREATE SCHEMA away; ALTER TABLE outbox SET SCHEMA away",
+        "ALTER TABLE away.outbox SET SCHEMA public",
+    ),
+}
+FILTERS_SINCE = 15
+
+
+def may_be_tried(world: World, hole: str) -> bool:
+    return world.db.info.server_version >= FILTERS_SINCE * 10_000 or hole not in (
+        "row filter",
+        "schema out of the publication",
+    )
+
+
+@pytest.mark.parametrize("hole", HOLES)
+@pytest.mark.parametrize("seen", [True, False], ids=["a snapshot in the hole", "no snapshot in the hole"])
+def test_what_was_not_sent_is_never_published(migrated: World, hole: str, *, seen: bool) -> None:
+    """Whether the relay looked meanwhile, or was away and finds everything as it was."""
+    world = migrated
+    if not may_be_tried(world, hole):
+        return  # 14 knows no such thing
+    if hole == "unlogged":  # which a table that is listed by itself cannot be
+        world.db.execute("DROP PUBLICATION cdc_outbox")
+        world.db.execute("CREATE PUBLICATION cdc_outbox FOR ALL TABLES WITH (publish = 'insert')")
+    if hole == "schema out of the publication":
+        world.db.execute("ALTER PUBLICATION cdc_outbox DROP TABLE outbox")
+        world.db.execute("ALTER PUBLICATION cdc_outbox ADD TABLES IN SCHEMA public")
+    note_confirmation(world)
+    session = settlement(world)
+    settle(session, world)
+    insert(world.db, "before")
+    settle(session, world)
+    begin, end = HOLES[hole]
+    world.db.execute(begin.encode())
+    if seen:
+        take(session)
+    table = "away.outbox" if "schema" in hole else "outbox"
+    world.db.execute(f"INSERT INTO {table} (id, aggregate_id, event_type) VALUES ('in the hole', 'a', 't')".encode())
+    if seen:
+        session.settled(end_of_log(world))
+        settle(session, world)
+    world.db.execute(end.encode())
+    session = settlement(world)
+    settle(session, world)
+    insert(world.db, "after")
+    settle(session, world)
+    assert "in the hole" in unknown(world)
+    assert "after" in published(world)
+    if hole != "unlogged":  # that writes the table anew
+        assert "before" in published(world)
+    prune(world)
+    assert "in the hole" in left(world)
+    assert "after" not in left(world)
+
+
+def test_a_partition_with_rows_that_is_attached_brings_none_that_was_sent(every_world: World) -> None:
+    world = every_world
+    make_partitioned(world)
+    world.migrate(publication="parted")
+    note_confirmation(world)
+    session = settlement(world)
+    settle(session, world)
+    world.db.execute("ALTER TABLE outbox DETACH PARTITION outbox_old")
+    world.db.execute("INSERT INTO outbox_old (id, aggregate_id, created_at) VALUES ('alone', 'a', '2001-01-10')")
+    world.db.execute("ALTER TABLE outbox ATTACH PARTITION outbox_old FOR VALUES FROM ('2001-01-01') TO ('2001-02-01')")
+    for _ in range(2):
+        settle(session, world)
+    insert_at(world, "together", "2001-01-11")
+    insert_at(world, "elsewhere", "now")
+    settle(session, world)
+    assert unknown(world) == {"alone"}
+    assert published(world) == {"together", "elsewhere"}
+    assert prune(world).partitions == ()
+    assert left(world) == {"alone", "together", "elsewhere"}
+
+
+def test_rows_of_children_are_never_published(migrated: World) -> None:
+    migrated.db.execute("CREATE TABLE child () INHERITS (outbox)")
+    session = settlement_of_anything(migrated)
+    migrated.db.execute("INSERT INTO child (id, aggregate_id, event_type) VALUES ('child', 'a', 't')")
+    insert(migrated.db, "own")
+    settle(session, migrated)
+    assert unknown(migrated) == {"child"}
+    prune(migrated)
+    assert left(migrated) == {"child"}
+
+
+def settlement_of_anything(world: World) -> Settlement:
+    """Of a table that the relay would not start with."""
+    table = catalog.find_table(world.db, "public.outbox")
+    sent = check_publication(world.db, "cdc_outbox", table, ignored={"public.child"})
+    row = world.db.execute("SELECT system_identifier::text FROM pg_control_system()").fetchone()
+    assert row
+    return Settlement(world.db, world.slot, row[0], sent, confirmed=world.confirmed_lsn())
+
+
+def with_history(world: World) -> Settlement:
+    """A session of an outbox that held a row already when the slot began."""
+    make_outbox(world)
+    insert(world.db, "never sent")
+    world.migrate()
+    note_confirmation(world)
+    session = settlement(world)
+    settle(session, world)
+    return session
+
+
+def counted_updates(world: World) -> int:
+    row = world.db.execute("SELECT pg_stat_get_tuples_updated('outbox'::regclass)").fetchone()
+    assert row
+    return int(row[0])
+
+
+@pytest.mark.parametrize(
+    "update",
+    [
+        "UPDATE outbox SET payload = 'x'",
+        "UPDATE outbox SET id = id",
+        "INSERT INTO outbox (id) VALUES ('never sent') ON CONFLICT (id) DO UPDATE SET payload = 'y'",
+    ],
+)
+def test_an_update_makes_nothing_published(every_world: World, update: str) -> None:
+    world = every_world
+    session = with_history(world)
+    world.db.execute("CREATE UNIQUE INDEX ON outbox (id)")
+    insert(world.db, "sent")
+    settle(session, world)
+    before = counted_updates(world)
+    world.db.execute(update.encode())
+    wait_until(lambda: counted_updates(world) > before, "it is counted")
+    for _ in range(3):
+        settle(session, world)
+    assert "never sent" in unknown(world)
+    insert(world.db, "sent later")
+    settle(session, world)
+    assert "sent later" in published(world)
+    prune(world)
+    assert "never sent" in left(world)
+    assert "sent later" not in left(world)
+
+
+def test_an_update_that_is_counted_late_makes_nothing_published(
+    every_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that has just told of its doings keeps the next ones to itself for up to ten seconds."""
+    world = every_world
+    session = with_history(world)
+    monkeypatch.setattr("cdc_outbox.postgres.settlement._UPDATES_COUNTED_SECONDS", 11)
+    before = counted_updates(world)
+
+    def look() -> None:
+        session._take_at = 0
+        if session.take_if_due():
+            session.settled(end_of_log(world))
+        assert published(world) == set()
+
+    with psycopg.connect(world.dsn, autocommit=True) as other:
+        insert(other, "sent")
+        other.execute("UPDATE outbox SET payload = 'x' WHERE id = 'never sent'")
+        look()
+
+        def is_counted() -> bool:
+            look()
+            if world.db.info.server_version < 150000:
+                other.execute("SELECT")  # 14 tells with the next statement only
+            return counted_updates(world) > before
+
+        wait_until(is_counted, "the update is counted", timeout_seconds=30)
+    settle(session, world)
+    settle(session, world)
+    assert unknown(world) == {"never sent", "sent"}
+
+
+def test_what_a_heap_with_a_history_has_is_told_when_updates_are_counted(
+    every_world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = every_world
+    session = with_history(world)
+    monkeypatch.setattr("cdc_outbox.postgres.settlement._UPDATES_COUNTED_SECONDS", 1)
+    insert(world.db, "sent")
+    settle(session, world)
+    assert published(world) == set()
+
+    def is_told() -> bool:
+        if session.take_if_due():  # on an idle relay: nothing else was carried
+            session.settled(end_of_log(world))
+        return published(world) == {"sent"}
+
+    wait_until(is_told, "it is told")
+
+
+def test_updates_do_not_matter_where_nothing_was_there_before(migrated: World) -> None:
+    session = settlement(migrated)
+    insert(migrated.db, "sent")
+    settle(session, migrated)
+    migrated.db.execute("UPDATE outbox SET payload = 'x'")
+    settle(session, migrated)
+    assert published(migrated) == {"sent"}
+
+
+def test_what_a_transaction_wrote_that_was_open_when_a_table_came_is_unknown(migrated: World) -> None:
+    """It may have written before the table was in the publication, and after."""
+    migrated.db.execute("ALTER PUBLICATION cdc_outbox DROP TABLE outbox")
+    note_confirmation(migrated)
+    with another_session(migrated) as long_running:
+        insert(long_running, "early")
+        migrated.db.execute("ALTER PUBLICATION cdc_outbox ADD TABLE outbox")
+        session = settlement(migrated)
+        settle(session, migrated)
+        insert(long_running, "late")
+        long_running.commit()
+    insert(migrated.db, "after")
+    settle(session, migrated)
+    settle(session, migrated)
+    assert published(migrated) == {"after"}
+    assert unknown(migrated) == {"early", "late"}
+
+
+def test_a_grant_and_a_vacuum_break_nothing(migrated: World) -> None:
+    session = settlement(migrated)
+    insert(migrated.db, "before")
+    for statement in ("GRANT SELECT ON outbox TO PUBLIC", "VACUUM outbox", "ANALYZE outbox", "VACUUM FREEZE outbox"):
+        migrated.db.execute(statement.encode())
+        settle(session, migrated)
+    assert published(migrated) == {"before"}
+    assert unknown(migrated) == set()
+
+
+def test_two_outboxes_are_in_one_view(every_world: World) -> None:
+    world = every_world
+    make_outbox(world)
+    world.migrate()
+    insert(world.db, "one")
+    settle(settlement(world), world)
+    world.db.execute("CREATE TABLE other (key bigint, aggregate_id int, event_type text, payload json)")
+    slot = f"{world.slot}_other"
+    with connect(world.dsn) as connection:
+        target = migrations.Target("other", "other", slot, ColumnsConfig(id=("key",)))
+        migrations.up(connection, target, failover=False, report=lambda _: None)
+        world.db.execute("INSERT INTO other VALUES (7, 8, 't')")
+        assert migrations.plan(connection, target, failover=False) == []
+        rows = connection.execute("SELECT outbox_id, slot, state FROM cdc_outbox.event_status ORDER BY 2").fetchall()
+    assert rows == [("one", world.slot, "published"), ("7", slot, "pending")]

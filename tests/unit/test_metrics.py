@@ -1,8 +1,8 @@
 import math
 import time
 
-from cdc_outbox.postgres.catalog import Slot
 from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.postgres.slots import Slot
 from cdc_outbox.relay.watermark import Batch
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.metrics import Metrics
@@ -27,7 +27,7 @@ CONTRACT = {
 
 
 def slot(safe_bytes: int | None, wal_status: str = "reserved") -> Slot:
-    return Slot("s", "pgoutput", "d", 1, LSN(1), wal_status, None, 10, 20, safe_bytes)
+    return Slot("s", "pgoutput", "d", 1, LSN(1), wal_status, None, 10, 20, safe_bytes, temporary=False, two_phase=False)
 
 
 def value(metrics: Metrics, name: str, **labels: str) -> float | None:

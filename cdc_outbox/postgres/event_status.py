@@ -1,0 +1,127 @@
+"""What is known of the outbox's rows: which are published, which are stuck, of how many it cannot be told.
+
+Asked by operators, from the notes that the relay has left (settlement.py); view cdc_outbox.event_status says it of each
+row (sql/0007_settled.sql). Needs SELECT in schema cdc_outbox, and on the outbox where its rows are counted.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Final
+
+import psycopg
+from psycopg import sql
+
+from cdc_outbox.config import ColumnsConfig
+from cdc_outbox.postgres.catalog import Table
+from cdc_outbox.postgres.connection import Connection, translated
+
+#: More rows than this nobody reads; the count says how many there are.
+_MOST_STUCK_SHOWN: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Rows of a heap whose transactions have an id from ``since`` on and below ``before`` are published, or dead."""
+
+    since: str
+    before: str
+
+    def condition(self, xmin: sql.Composable) -> sql.Composed:
+        """Whether the row with this xmin is one of theirs."""
+        return sql.SQL(
+            "(cdc_outbox.full_xid({xmin}) >= {since}::text::xid8"
+            " AND cdc_outbox.full_xid({xmin}) < {before}::text::xid8)"
+        ).format(xmin=xmin, since=self.since, before=self.before)
+
+
+def known_published(connection: Connection, slot: str, *, for_at_least: timedelta) -> dict[int, list[Known]]:
+    """By the OID of each heap: what notes tell that are so old."""
+    known: dict[int, list[Known]] = {}
+    with translated("reading cdc_outbox.settled"):
+        rows = connection.execute(
+            """
+            SELECT heap::int8, pg_snapshot_xmax(since)::text, max(before)::text
+              FROM (SELECT heap, since,
+                           greatest(CASE WHEN complete THEN pg_snapshot_xmin(snapshot)::text::numeric END,
+                                    pg_snapshot_xmin(earlier)::text::numeric) AS before
+                      FROM cdc_outbox.settled AS note JOIN cdc_outbox.coverage ON coverage.id = note.coverage
+                     WHERE slot = %s AND settled_at <= now() - %s
+                       AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())) AS told
+             WHERE before > pg_snapshot_xmax(since)::text::numeric
+             GROUP BY heap, pg_snapshot_xmax(since)
+            """,
+            [slot, for_at_least],
+        ).fetchall()
+    for heap, since, before in rows:
+        known.setdefault(heap, []).append(Known(since, before))
+    return known
+
+
+@dataclass(frozen=True, slots=True)
+class StuckRow:
+    outbox_id: str
+    aggregate_id: str
+    event_type: str
+    seconds: float | None
+    """Since it was committed, or created where the server does not track that; None if the table does not tell."""
+
+
+def stuck_rows(
+    connection: Connection, table: Table, columns: ColumnsConfig, slot: str, *, patience: timedelta
+) -> tuple[int, list[StuckRow]]:
+    """Rows committed longer ago than ``patience`` that the relay should have settled and has not: how many, and the
+    oldest of them.
+
+    Rows of which it cannot be told, and those that became dead letters, are not stuck. Needs SELECT on the table.
+    """
+    with translated(f"looking for stuck rows in {table}"):
+        tracked = connection.execute("SELECT current_setting('track_commit_timestamp')::bool").fetchone() == (True,)
+        if tracked:
+            committed = sql.SQL("pg_xact_commit_timestamp(event.xmin)")
+        elif "created_at" in table.columns:
+            committed = sql.SQL("event.created_at::timestamptz")
+        else:
+            committed = sql.SQL("NULL::timestamptz")
+        rows = connection.execute(
+            sql.SQL(
+                """
+                WITH latest AS (
+                    SELECT pg_snapshot_xmin(snapshot) AS before, coverage, taken_at
+                      FROM cdc_outbox.settled
+                     WHERE slot = {slot}
+                       AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
+                     ORDER BY pg_snapshot_xmax(snapshot) DESC, id DESC LIMIT 1)
+                SELECT count(*) OVER (), event.{id}::text, event.{aggregate_id}::text, event.{event_type}::text,
+                       extract(epoch FROM now() - {committed})::float8
+                  FROM latest JOIN cdc_outbox.coverage AS covered ON covered.id = latest.coverage
+                  JOIN {table} AS event ON event.tableoid = covered.heap
+                 WHERE latest.taken_at < now() - {patience}
+                   AND coalesce({committed} < now() - {patience}, true)
+                   AND cdc_outbox.full_xid(event.xmin) >= latest.before
+                   AND cdc_outbox.full_xid(event.xmin) >= pg_snapshot_xmax(covered.since)
+                   AND NOT EXISTS (SELECT FROM cdc_outbox.dead_letter WHERE event_id = event.{id}::text)
+                 ORDER BY {committed} NULLS FIRST
+                 LIMIT {most}
+                """
+            ).format(
+                slot=slot,
+                table=table.identifier,
+                committed=committed,
+                patience=sql.SQL("{}::interval").format(patience),
+                most=_MOST_STUCK_SHOWN,
+                **{field: sql.Identifier(column) for field, column in columns.of(table.columns).items()},
+            )
+        ).fetchall()
+    return (rows[0][0] if rows else 0), [StuckRow(*row[1:]) for row in rows]
+
+
+def count_unknown(connection: Connection, slot: str) -> int | None:
+    """Rows of which it cannot be told whether they were published; None if there is no view that would know."""
+    with translated("reading cdc_outbox.event_status"):
+        try:
+            row = connection.execute(
+                "SELECT count(*) FROM cdc_outbox.event_status WHERE slot = %s AND state = 'unknown'", [slot]
+            ).fetchone()
+        except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn):
+            return None
+    return row[0] if row else None
