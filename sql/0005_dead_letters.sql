@@ -3,7 +3,10 @@
 -- relay.on_poison = "dead-letter" it is kept here, whole, and only that settles it.
 --
 -- A row in redrive_request asks the running relay to publish a dead letter again. It reaches the relay through the log,
--- in commit order with everything else, so the table belongs to the publication. Its rows may be deleted at any time.
+-- in commit order with everything else, so the table belongs to the publication. It names the slot: of several relays
+-- the others pass it over. What came of it is a row of the relay's own in redrive_outcome: while the COMMIT of a request
+-- waits for a synchronous standby the request has come through the log already, and no other session sees what else its
+-- transaction wrote, or can change a row that it has changed. Rows of both may be deleted at any time.
 --
 -- Dead letters hold payloads: cdc_outbox_reader sees everything of them but payload, key and headers.
 --
@@ -31,16 +34,15 @@ CREATE TABLE IF NOT EXISTS cdc_outbox.dead_letter (
     detail            text        NOT NULL,
     attempts          integer     NOT NULL DEFAULT 1,
     created_at        timestamptz NOT NULL DEFAULT now(),
-    -- what became of it
-    state             text        NOT NULL DEFAULT 'open'
-                                  CHECK (state IN ('open', 'redriving', 'redriven', 'discarded')),
+    -- what became of it; an open one with a request that has no outcome yet is shown as redriving
+    state             text        NOT NULL DEFAULT 'open' CHECK (state IN ('open', 'redriven', 'discarded')),
     state_changed_at  timestamptz NOT NULL DEFAULT now(),
     state_changed_by  text        NOT NULL DEFAULT current_user,
     note              text,
     UNIQUE (system_identifier, slot, commit_lsn, ordinal)
 );
 
-CREATE INDEX IF NOT EXISTS dead_letter_waiting ON cdc_outbox.dead_letter (id) WHERE state IN ('open', 'redriving');
+CREATE INDEX IF NOT EXISTS dead_letter_waiting ON cdc_outbox.dead_letter (id) WHERE state = 'open';
 
 COMMENT ON TABLE cdc_outbox.dead_letter IS
     'Events that could not be published. See them with `cdc-outbox dead-letters list`';
@@ -53,6 +55,7 @@ COMMENT ON COLUMN cdc_outbox.dead_letter.note IS 'Why it was discarded';
 
 CREATE TABLE IF NOT EXISTS cdc_outbox.redrive_request (
     id             bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+    slot           text        NOT NULL,
     dead_letter_id bigint      NOT NULL,
     topic          text,
     key            text,
@@ -61,7 +64,18 @@ CREATE TABLE IF NOT EXISTS cdc_outbox.redrive_request (
 );
 
 COMMENT ON TABLE cdc_outbox.redrive_request IS
-    'Asks the running relay to publish a dead letter again; topic and key replace the dead letter''s own';
+    'Asks the relay of slot to publish a dead letter again; topic and key replace the dead letter''s own';
+
+CREATE INDEX IF NOT EXISTS redrive_request_of ON cdc_outbox.redrive_request (dead_letter_id);
+
+CREATE TABLE IF NOT EXISTS cdc_outbox.redrive_outcome (
+    request_id     bigint      PRIMARY KEY,
+    dead_letter_id bigint      NOT NULL,
+    outcome        text        NOT NULL CHECK (outcome IN ('redriven', 'refused', 'passed over')),
+    at             timestamptz NOT NULL DEFAULT now()
+);
+
+COMMENT ON TABLE cdc_outbox.redrive_outcome IS 'What came of each request in redrive_request; the relay writes it';
 
 DO $$
 BEGIN
@@ -75,6 +89,7 @@ BEGIN
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_relay') THEN
         GRANT USAGE ON SCHEMA cdc_outbox TO cdc_outbox_relay;
         GRANT SELECT, INSERT, UPDATE ON cdc_outbox.dead_letter TO cdc_outbox_relay;
+        GRANT SELECT, INSERT ON cdc_outbox.redrive_outcome TO cdc_outbox_relay;
     END IF;
     IF EXISTS (SELECT FROM pg_publication WHERE pubname = 'cdc_outbox' AND NOT puballtables)
        AND NOT EXISTS (SELECT FROM pg_publication_tables

@@ -88,10 +88,10 @@ def redrive(settings: Settings, *, ids: tuple[int, ...], topic: str | None, key:
     The request is a row that reaches the relay through the log. The event is published with the header
     cdc-outbox-redriven; `list --all` shows the outcome.
     """
-    publication = settings.config.postgres.publication
+    publication, slot = settings.config.postgres.publication, settings.config.postgres.slot
     with _connect(settings) as connection:
         for dead_letter_id in ids:
-            dead_letters.request_redrive(connection, publication, dead_letter_id, topic=topic, key=key)
+            dead_letters.request_redrive(connection, publication, slot, dead_letter_id, topic=topic, key=key)
             click.echo(f"redrive of dead letter {dead_letter_id} requested")
 
 

@@ -98,7 +98,7 @@ class _Printer:
     def probe(self) -> None:
         """Nothing is ever unreachable."""
 
-    def publish_one_by_one(self, while_waiting: Callable[[], None]) -> None:
+    def publish_one_by_one(self, while_waiting: Callable[[], object]) -> None:
         """It always does."""
 
     def publish_in_batches(self) -> int:

@@ -134,7 +134,7 @@ class Publisher:
             raise ConfigurationError(f"kafka.producer: {reason}", hint="see librdkafka's CONFIGURATION.md") from error
         #: the hot call: nothing between the pipeline and librdkafka
         self.publish: Callable[..., None] = self.producer.produce
-        self._while_waiting: Callable[[], None] = lambda: None
+        self._while_waiting: Callable[[], object] = lambda: None
         self._refused_alone = 0
         #: why no broker can be reached at the moment; None while one can
         self.unreachable: str | None = None
@@ -163,7 +163,7 @@ class Publisher:
         if self._denied:
             raise self._denied
 
-    def publish_one_by_one(self, while_waiting: Callable[[], None]) -> None:
+    def publish_one_by_one(self, while_waiting: Callable[[], object]) -> None:
         """From now on ``publish`` returns when the event is acknowledged, and raises what the broker refuses it for.
 
         The broker refuses a whole batch for one of its events: only alone can that one be told from the innocents.

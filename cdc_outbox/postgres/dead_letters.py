@@ -1,7 +1,8 @@
 """The table cdc_outbox.dead_letter: what the relay puts into it, and what an operator does about it.
 
-Over any connection that has the rights (sql/0005_dead_letters.sql). A dead letter is *open* until somebody asks for a
-redrive (*redriving*), which ends *redriven* or, refused once more, *open* again; or until it is *discarded*.
+Over any connection that has the rights (sql/0005_dead_letters.sql). A dead letter is *open* until it is *redriven* or
+*discarded*. An open one that somebody wants to be redriven, without an outcome yet, is shown as *redriving*; it can be
+asked for again all the same: a request may be lost with its slot.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,9 +20,17 @@ from cdc_outbox.postgres.lsn import LSN
 
 Row = dict[str, Any]
 
+#: As people see it.
+_STATE: Final = """
+    CASE WHEN letter.state = 'open' AND EXISTS (
+              SELECT FROM cdc_outbox.redrive_request AS request
+               WHERE request.dead_letter_id = letter.id
+                 AND NOT EXISTS (SELECT FROM cdc_outbox.redrive_outcome WHERE request_id = request.id))
+         THEN 'redriving' ELSE letter.state END AS state
+"""
 #: Without what an event says, in the order a person would read them.
 _SUMMARY: Final = (
-    "id, state, created_at, reason, detail, attempts, event_id, aggregate_type, aggregate_id, event_type, topic, "
+    f"id, {_STATE}, created_at, reason, detail, attempts, event_id, aggregate_type, aggregate_id, event_type, topic, "
     "commit_lsn::text, ordinal, committed_at, slot, state_changed_at, state_changed_by, note"
 )
 
@@ -81,7 +90,7 @@ def find(connection: Connection, wanted: Filter) -> list[Row]:
     given = [(condition, value) for condition, value in conditions if value is not None]
     clauses = [condition for condition, _ in given]
     if not wanted.settled_too:
-        clauses.append("state IN ('open', 'redriving')")
+        clauses.append("state = 'open'")
     rest = f"WHERE {' AND '.join(clauses) or 'true'} ORDER BY committed_at, commit_lsn, ordinal"
     return _select(connection, _SUMMARY, rest, [value for _, value in given])
 
@@ -90,55 +99,64 @@ def count_waiting(connection: Connection) -> int | None:
     """Dead letters that somebody must decide about; None if the schema is not installed."""
     with translated("reading cdc_outbox.dead_letter"):
         try:
-            row = connection.execute(
-                "SELECT count(id) FROM cdc_outbox.dead_letter WHERE state IN ('open', 'redriving')"
-            ).fetchone()
+            row = connection.execute("SELECT count(id) FROM cdc_outbox.dead_letter WHERE state = 'open'").fetchone()
         except psycopg.errors.UndefinedTable:
             return None
     return row[0] if row else None
 
 
 def request_redrive(
-    connection: Connection, publication: str, dead_letter_id: int, *, topic: str | None, key: str | None
+    connection: Connection, publication: str, slot: str, dead_letter_id: int, *, topic: str | None, key: str | None
 ) -> None:
-    """Ask the running relay to publish it again.
+    """Ask the relay of ``slot`` to publish it again. Touches nothing that the relay writes to.
 
-    Raises OperatorNeeded if the relay would not hear of it, ConfigurationError if the dead letter is not open, or has
-    no topic or key and none is given.
+    Raises OperatorNeeded if the relay would not hear of it, ConfigurationError if it is another relay's, if all is done
+    about it, or it has no topic or key and none is given.
     """
     _check_published(connection, publication)
-    with connection.transaction():
-        letter = _lock_open(connection, dead_letter_id)
-        for name, given in (("topic", topic), ("key", key)):
-            if letter[name] is None and given is None:
-                raise ConfigurationError(f"dead letter {dead_letter_id} has no {name}", hint=f"give one with --{name}")
-        with translated("asking for a redrive"):
-            _change_state(connection, [dead_letter_id], "redriving")
-            connection.execute(
-                "INSERT INTO cdc_outbox.redrive_request (dead_letter_id, topic, key) VALUES (%s, %s, %s)",
-                [dead_letter_id, topic, key],
-            )
+    letter = _find_open(connection, dead_letter_id)
+    _check_whose(connection, dead_letter_id, letter["slot"], slot)
+    for name, given in (("topic", topic), ("key", key)):
+        if letter[name] is None and given is None:
+            raise ConfigurationError(f"dead letter {dead_letter_id} has no {name}", hint=f"give one with --{name}")
+    with translated("asking for a redrive"):
+        connection.execute(
+            "INSERT INTO cdc_outbox.redrive_request (slot, dead_letter_id, topic, key) VALUES (%s, %s, %s, %s)",
+            [slot, dead_letter_id, topic, key],
+        )
 
 
 def discard(connection: Connection, dead_letter_id: int, note: str) -> None:
     """Nothing more is to be done about it; it is kept, with ``note``. Raises ConfigurationError if it is not open."""
-    with connection.transaction():
-        _lock_open(connection, dead_letter_id)
-        with translated("discarding a dead letter"):
-            _change_state(connection, [dead_letter_id], "discarded", note=note)
+    with connection.transaction(), translated("discarding a dead letter"):
+        _find_open(connection, dead_letter_id)
+        _change_state(connection, [dead_letter_id], "discarded", note=note)
 
 
-def redriven(connection: Connection, dead_letter_ids: Sequence[int]) -> None:
-    """Kafka has acknowledged them."""
-    with translated("recording a redrive"):
-        _change_state(connection, dead_letter_ids, "redriven")
+def has_outcome(connection: Connection, request_id: int) -> bool:
+    with translated("reading cdc_outbox.redrive_outcome"):
+        query = "SELECT FROM cdc_outbox.redrive_outcome WHERE request_id = %s"
+        return connection.execute(query, [request_id]).rowcount == 1
 
 
-def refused_again(connection: Connection, dead_letter_id: int, *, reason: str, detail: str) -> None:
-    with translated("recording a refused redrive"):
+def passed_over(connection: Connection, request_id: int, dead_letter_id: int) -> None:
+    with translated("recording that a redrive was passed over"):
+        _record(connection, {request_id: dead_letter_id}, "passed over")
+
+
+def redriven(connection: Connection, requests: Mapping[int, int]) -> None:
+    """Kafka has acknowledged what these requests (id to dead letter) asked for."""
+    with translated("recording a redrive"), connection.transaction():
+        _record(connection, requests, "redriven")
+        _change_state(connection, list(requests.values()), "redriven")
+
+
+def refused_again(connection: Connection, request_id: int, dead_letter_id: int, *, reason: str, detail: str) -> None:
+    with translated("recording a refused redrive"), connection.transaction():
+        _record(connection, {request_id: dead_letter_id}, "refused")
         connection.execute(
-            "UPDATE cdc_outbox.dead_letter SET state = 'open', attempts = attempts + 1, reason = %s, detail = %s,"
-            " state_changed_at = now(), state_changed_by = current_user WHERE id = %s AND state = 'redriving'",
+            "UPDATE cdc_outbox.dead_letter SET attempts = attempts + 1, reason = %s, detail = %s,"
+            " state_changed_at = now(), state_changed_by = current_user WHERE id = %s AND state = 'open'",
             [reason, detail, dead_letter_id],
         )
 
@@ -163,8 +181,21 @@ def _check_published(connection: Connection, publication: str) -> None:
         )
 
 
-def _lock_open(connection: Connection, dead_letter_id: int) -> Row:
-    rows = _select(connection, "state, topic, key", "WHERE id = %s FOR UPDATE", [dead_letter_id])
+def _check_whose(connection: Connection, dead_letter_id: int, theirs: str, ours: str) -> None:
+    """Raises ConfigurationError if the dead letter is that of another slot, which is there."""
+    if theirs == ours:
+        return
+    with translated("looking up slots"):
+        is_there = connection.execute("SELECT FROM pg_replication_slots WHERE slot_name = %s", [theirs]).rowcount
+    if is_there:
+        raise ConfigurationError(
+            f"dead letter {dead_letter_id} is that of slot {theirs!r}, and postgres.slot is {ours!r}",
+            hint="use the configuration of that slot's relay",
+        )
+
+
+def _find_open(connection: Connection, dead_letter_id: int) -> Row:
+    rows = _select(connection, "state, slot, topic, key", "WHERE id = %s", [dead_letter_id])
     if not rows:
         raise unknown(dead_letter_id)
     letter = rows[0]
@@ -174,6 +205,15 @@ def _lock_open(connection: Connection, dead_letter_id: int) -> Row:
             hint=f"see: cdc-outbox dead-letters show {dead_letter_id}",
         )
     return letter
+
+
+def _record(connection: Connection, requests: Mapping[int, int], outcome: str) -> None:
+    connection.execute(
+        "INSERT INTO cdc_outbox.redrive_outcome (request_id, dead_letter_id, outcome)"
+        " SELECT request_id, dead_letter_id, %s FROM unnest(%s::bigint[], %s::bigint[]) AS of (request_id,"
+        " dead_letter_id) ON CONFLICT DO NOTHING",
+        [outcome, list(requests), list(requests.values())],
+    )
 
 
 def _change_state(connection: Connection, ids: Sequence[int], state: str, *, note: str | None = None) -> None:
@@ -189,4 +229,4 @@ def _select(
 ) -> list[Row]:
     with translated("reading cdc_outbox.dead_letter"):
         cursor = connection.cursor(row_factory=dict_row)
-        return cursor.execute(f"SELECT {columns} FROM cdc_outbox.dead_letter {rest}", parameters).fetchall()  # noqa: S608
+        return cursor.execute(f"SELECT {columns} FROM cdc_outbox.dead_letter AS letter {rest}", parameters).fetchall()  # noqa: S608

@@ -27,6 +27,7 @@ _MOST_CLOCK_SECONDS: Final = 1.0
 #: What the relay needs in its own schema: table, and rights to it.
 _STATE_RIGHTS: Final = {
     "dead_letter": "SELECT, INSERT, UPDATE",
+    "redrive_outcome": "SELECT, INSERT",
     "confirmation": "SELECT, INSERT, UPDATE",
     "settled": "SELECT, INSERT, DELETE",
     "coverage": "SELECT, INSERT, DELETE",

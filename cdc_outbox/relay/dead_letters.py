@@ -30,6 +30,9 @@ class DeadLetter:
 
 @dataclass(frozen=True, slots=True)
 class RedriveRequest:
+    id: int
+    #: the slot whose relay is meant
+    slot: str
     dead_letter_id: int
     #: in place of the dead letter's own
     topic: str | None
@@ -49,4 +52,4 @@ class DeadLetters(Protocol):
         """What is to be published; None if there is nothing (any more) to be done about the request."""
         ...
 
-    def refused_again(self, dead_letter_id: int, reason: PoisonEvent) -> None: ...
+    def refused_again(self, request: RedriveRequest, reason: PoisonEvent) -> None: ...

@@ -23,6 +23,7 @@ from cdc_outbox.relay.watermark import Watermark
 #: A batch is closed at the first transaction end at which it has this many events, or at which a read ends.
 #: Small enough that little is resent after a crash, large enough that its cost vanishes.
 BATCH_EVENTS: Final = 500
+_REQUEST_COLUMNS: Final = ("id", "slot", "dead_letter_id", "topic", "key")
 
 
 class Publisher(Protocol):
@@ -55,8 +56,9 @@ class Pipeline:
         routing: Routing,
         publisher: Publisher,
         dead_letters: DeadLetters,
-        wait_for_room: Callable[[], None],
+        wait_for_room: Callable[[], bool],
     ) -> None:
+        """``wait_for_room`` lets what is in flight become less; False if nothing is."""
         self._routers = routing.routers
         self._strays = routing.strays
         #: by an Insert's head
@@ -139,30 +141,46 @@ class Pipeline:
                 publish(topic, value, key, -1, batch.on_delivery, None, commit_time_ms, headers)
             except (BufferError, refusal):
                 self.ordinal = ordinal
-                try:
-                    self._publish_patiently(Record(topic, value, key, headers))
-                except PoisonEvent as poison:
-                    self._put_away(frame, poison)
+                self._publish_or_put_away(frame, Record(topic, value, key, headers))
         self.ordinal = ordinal
         if not self.open_commit_lsn:
             self.watermark.close_batch()
 
-    def _publish_patiently(self, record: Record) -> None:
-        """Publish an event that has been counted in: wait for room, and raise what a refusal means, counted out."""
+    def _publish_or_put_away(self, frame: bytes, record: Record) -> None:
+        """An event that has been counted in, and for which there was no room, or which was refused."""
+        refused = self._publish_patiently(record)
+        if isinstance(refused, PoisonEvent):
+            self._put_away(frame, refused)
+        elif refused:
+            raise refused
+
+    def _publish_patiently(self, record: Record) -> OperatorNeeded | None:
+        """Publish an event that has been counted in, waiting for room. Why it is refused, then it is counted out.
+
+        What is raised meanwhile is about other events, or none.
+        """
         batch = self.watermark.current
         topic, value, key, headers = record
         while True:
             try:
                 self._publisher.publish(topic, value, key, -1, batch.on_delivery, None, self._commit_time_ms, headers)
             except BufferError:
-                self._wait_for_room()
+                if self._wait_for_room():
+                    continue
+                refused: CdcOutboxError = PoisonEvent(
+                    "it does not fit into librdkafka's queue",
+                    reason="queue_too_small",
+                    hint="set kafka.producer.queue.buffering.max.kbytes above the largest payload",
+                )
             except self._publisher.refusal as refusal:
-                explained = self._publisher.explain(refusal, topic)
-                batch.outstanding -= 1
-                batch.per_topic[topic] -= 1
-                raise explained from refusal
+                refused = self._publisher.explain(refusal, topic)
             else:
-                return
+                return None
+            batch.outstanding -= 1
+            batch.per_topic[topic] -= 1
+            if isinstance(refused, OperatorNeeded):
+                return refused
+            raise refused
 
     def _put_away(self, frame: bytes, error: PoisonEvent | MalformedStream) -> None:
         """Let an event that can never be published become a dead letter, or stop before it."""
@@ -186,17 +204,21 @@ class Pipeline:
         if record is None:
             return
         batch = self.watermark.current
-        headers = [*record.headers, (REDRIVEN_HEADER, b"%d" % request.dead_letter_id)]
+        refused: OperatorNeeded | None = None
         try:
             self._routers[0].check(record.topic)
+        except OperatorNeeded as error:
+            refused = error
+        else:
             batch.outstanding += 1
             batch.per_topic[record.topic] += 1
-            self._publish_patiently(record._replace(headers=headers))
-        except OperatorNeeded as error:
-            poison = error if isinstance(error, PoisonEvent) else PoisonEvent(error.message, reason="not_writable")
-            self._dead_letters.refused_again(request.dead_letter_id, poison)
-        else:
-            batch.redriven.append(request.dead_letter_id)
+            header = (REDRIVEN_HEADER, b"%d" % request.dead_letter_id)
+            refused = self._publish_patiently(record._replace(headers=[*record.headers, header]))
+        if refused is None:
+            batch.redriven.append((request.id, request.dead_letter_id))
+            return
+        poison = refused if isinstance(refused, PoisonEvent) else PoisonEvent(refused.message, reason="not_writable")
+        self._dead_letters.refused_again(request, poison)
 
     def _control(self, frame: bytes) -> bool:
         """Take in everything but events. True when the pipeline is draining and stands between transactions."""
@@ -230,7 +252,7 @@ class Pipeline:
         if self._plans[head] is None and (refusal := self._strays.refusal(relation)):
             self._refusals[head] = refusal
         if (relation.namespace, relation.name) == REDRIVE_REQUESTS:
-            self._read_request[head] = pgoutput.compile_insert_reader(relation, ["dead_letter_id", "topic", "key"])
+            self._read_request[head] = pgoutput.compile_insert_reader(relation, _REQUEST_COLUMNS)
 
     def _insert_of_no_event(self, frame: bytes) -> None:
         head = frame[pgoutput.INSERT_HEAD]
@@ -239,8 +261,10 @@ class Pipeline:
         if head in self._refusals:
             raise self._refusals[head]
         if head in self._read_request:
-            dead_letter_id, topic, key = self._read_request[head](frame)
-            self._redrive(RedriveRequest(int(dead_letter_id), topic and topic.decode(), key))
+            number, slot, dead_letter_id, topic, key = self._read_request[head](frame)
+            self._redrive(
+                RedriveRequest(int(number), slot.decode(), int(dead_letter_id), topic and topic.decode(), key)
+            )
 
     def _begin(self, frame: bytes) -> None:
         if self.open_commit_lsn:

@@ -7,7 +7,7 @@ Pure bookkeeping, one thread; it knows neither Kafka nor clocks.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cdc_outbox.errors import BrokenInvariant
@@ -37,8 +37,8 @@ class Batch:
         self.events = 0
         #: events by topic, for the metrics
         self.per_topic: defaultdict[str, int] = defaultdict(int)
-        #: dead letters published again in it, by id: their outcome is recorded before the batch is confirmed
-        self.redriven: list[int] = []
+        #: requests, and the dead letters that were published again in it: recorded before the batch is passed
+        self.redriven: list[tuple[int, int]] = []
 
     def on_delivery(self, error: object, message: object) -> None:
         """librdkafka's delivery report. A failed event stays outstanding: nothing after it is ever confirmed.
@@ -65,14 +65,15 @@ class Watermark:
             self._queue.append(self.current)
             self.current = Batch(self._on_failure)
 
-    def advance(self) -> list[Batch]:
-        """Move over the batches at the head in which nothing is outstanding; return them, oldest first."""
-        settled = []
+    def advance(self) -> Iterator[Batch]:
+        """Move over the batches at the head in which nothing is outstanding, oldest first.
+
+        Each is passed when the next one is asked for: what is to be recorded of it is recorded before that, and if that
+        fails it has not been passed.
+        """
         while self._queue and not self._queue[0].outstanding:
-            batch = self._queue.popleft()
-            self._move_to(batch.end_lsn)
-            settled.append(batch)
-        return settled
+            yield self._queue[0]
+            self._move_to(self._queue.popleft().end_lsn)
 
     def advance_idle(self, wal_end: int) -> None:
         """The idle rule: nothing received is unsettled, so what the server skipped up to here is settled too.

@@ -52,7 +52,12 @@ def make_round_trip(config: Config, publisher: Publisher) -> Finding:
 def _carry_one(config: Config, stream: ReplicationStream, publisher: Publisher, slot: str) -> float:
     """Seconds from INSERT to acknowledgement. Raises OperatorNeeded if it does not arrive."""
     router = make_canary_router(config, require_topic=lambda _: None)
-    pipeline = Pipeline(Routing([router], Strays()), publisher, Stateless(), lambda: publisher.poll(0.05))
+
+    def wait_for_room() -> bool:
+        publisher.poll(0.05)
+        return True
+
+    pipeline = Pipeline(Routing([router], Strays()), publisher, Stateless(), wait_for_room)
     began = time.monotonic()
     with closing(connect_bounded(config.postgres.dsn.get_secret_value())) as connection:
         plant(connection, slot)

@@ -56,7 +56,7 @@ class SessionPublisher(Publisher, Protocol):
     def poll(self, timeout_seconds: float) -> None: ...
     def flush(self, timeout_seconds: float) -> None: ...
     def probe(self) -> None: ...
-    def publish_one_by_one(self, while_waiting: Callable[[], None]) -> None: ...
+    def publish_one_by_one(self, while_waiting: Callable[[], object]) -> None: ...
     def publish_in_batches(self) -> int: ...
 
 
@@ -168,18 +168,19 @@ class Session:
             return max(0.0, self._sent_at + _CONFIRM_AFTER_SECONDS - now)
         return _IDLE_WAIT_SECONDS
 
-    def _wait_for_room(self) -> None:
-        """As much is in flight as may be: stop reading, keep polling Kafka and keep the server informed."""
+    def _wait_for_room(self) -> bool:
+        """As much is in flight as may be: stop reading, keep polling Kafka and keep the server informed.
+
+        False if nothing is in flight: then no room will come.
+        """
         self._check_deadline()
         if not self._publisher.in_flight:
-            raise OperatorNeeded(
-                "an event does not fit into librdkafka's queue",
-                hint="set kafka.producer.queue.buffering.max.kbytes above the largest payload",
-            )
+            return False
         self._publisher.poll(0.05)
         self._settle()
         self._stream.heard_at = time.monotonic()  # not listening is not silence
         self._report(self._stream.heard_at)
+        return True
 
     def _drain(self, timeout_seconds: float) -> None:
         """Wait until nothing is in flight, at most ``timeout_seconds``."""
@@ -192,12 +193,8 @@ class Session:
     def _settle_what_came_before(self) -> None:
         """An operator is needed: confirm what came before the trouble, so that no restart sends it again."""
         self._watermark.close_batch()
-        try:
+        with suppress(CdcOutboxError):  # the trouble itself, again
             self._drain(_LAST_DRAIN_SECONDS)
-        except SourceUnavailable:
-            return  # the outcome of a redrive may be what was not recorded: nothing more is confirmed
-        except CdcOutboxError:
-            pass  # the trouble itself, again
         with suppress(CdcOutboxError):
             self._send_last_status()
 
@@ -208,10 +205,10 @@ class Session:
     def _settle(self) -> None:
         """Let the watermark move over what Kafka has acknowledged, or over what the server skipped while we idle."""
         for batch in self._watermark.advance():
-            self._metrics.batch_settled(batch)
-            self._carried |= batch.events > 0
             if batch.redriven:
                 self._state.redriven(batch.redriven)
+            self._metrics.batch_settled(batch)
+            self._carried |= batch.events > 0
         if not self._pipeline.in_transaction:
             self._watermark.advance_idle(self._pipeline.wal_end)
 

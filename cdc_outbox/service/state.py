@@ -33,7 +33,7 @@ class SessionState(DeadLetters, Protocol):
     """What the session asks on top of what the pipeline does."""
 
     def confirming(self, lsn: LSN, *, carried: bool, last: bool = False) -> None: ...
-    def redriven(self, dead_letter_ids: Sequence[int]) -> None: ...
+    def redriven(self, requests: Sequence[tuple[int, int]]) -> None: ...
 
 
 class Stateless:
@@ -49,10 +49,10 @@ class Stateless:
         get_logger().warning("redrive_passed_over", dead_letter=request.dead_letter_id, state="not ours to read")
         return None
 
-    def refused_again(self, dead_letter_id: int, poison: PoisonEvent) -> None:
+    def refused_again(self, request: RedriveRequest, poison: PoisonEvent) -> None:
         """`take` gives nothing that could be."""
 
-    def redriven(self, dead_letter_ids: Sequence[int]) -> None:
+    def redriven(self, requests: Sequence[tuple[int, int]]) -> None:
         """Nothing ever is."""
 
     def confirming(self, lsn: LSN, *, carried: bool, last: bool = False) -> None:
@@ -82,6 +82,8 @@ class RelayState:
         self._noted_at = time.monotonic()
         #: events were confirmed since
         self._unnoted = False
+        #: dead letters that are published again and not acknowledged yet
+        self._in_flight: set[int] = set()
         settled: defaultdict[int, set[int]] = defaultdict(set)
         system = continuity.system_identifier
         for commit_lsn, ordinal in dead_letters.settled_since(connection, system, slot, confirmed):
@@ -130,22 +132,31 @@ class RelayState:
         return self._settled.get(commit_lsn, frozenset())
 
     def take(self, request: RedriveRequest) -> Record | None:
+        """Of its own rows only: what else the requester wrote may not be visible yet."""
+        if request.slot != self._slot or dead_letters.has_outcome(self._connection, request.id):
+            return None  # another relay's, or carried out before a crash
         letter = dead_letters.get(self._connection, request.dead_letter_id)
         state = letter["state"] if letter else "unknown"
-        if letter is None or state != "redriving":  # carried out before a crash, or written by hand
+        if letter is None or state in ("redriven", "discarded") or request.dead_letter_id in self._in_flight:
             self._log.warning("redrive_passed_over", dead_letter=request.dead_letter_id, state=state)
+            dead_letters.passed_over(self._connection, request.id, request.dead_letter_id)
             return None
         topic = request.topic or letter["topic"] or ""
         key = request.key if request.key is not None else letter["key"] or b""
         self._log.info("redriving", dead_letter=request.dead_letter_id, topic=topic)
+        self._in_flight.add(request.dead_letter_id)
         return Record(topic, letter["payload"], key, _headers_from_json(letter["headers"]))
 
-    def refused_again(self, dead_letter_id: int, poison: PoisonEvent) -> None:
-        self._log.warning("redrive_refused", dead_letter=dead_letter_id, reason=poison.message)
-        dead_letters.refused_again(self._connection, dead_letter_id, reason=poison.reason, detail=poison.message)
+    def refused_again(self, request: RedriveRequest, poison: PoisonEvent) -> None:
+        self._in_flight.discard(request.dead_letter_id)
+        self._log.warning("redrive_refused", dead_letter=request.dead_letter_id, reason=poison.message)
+        dead_letters.refused_again(
+            self._connection, request.id, request.dead_letter_id, reason=poison.reason, detail=poison.message
+        )
 
-    def redriven(self, dead_letter_ids: Sequence[int]) -> None:
-        dead_letters.redriven(self._connection, dead_letter_ids)
+    def redriven(self, requests: Sequence[tuple[int, int]]) -> None:
+        dead_letters.redriven(self._connection, dict(requests))
+        self._in_flight.difference_update(dead_letter_id for _, dead_letter_id in requests)
 
     def confirming(self, lsn: LSN, *, carried: bool, last: bool = False) -> None:
         """To be called before ``lsn`` is confirmed; ``last`` if nothing will be after it.

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from cdc_outbox.cli.main import main
@@ -16,12 +16,12 @@ Publish = Callable[..., None]
 def confirms_too_early() -> None:
     """A batch is taken for settled as soon as it is closed."""
 
-    def advance(self: Watermark) -> list[Batch]:
+    def advance(self: Watermark) -> Iterator[Batch]:
         settled = list(self._queue)
         self._queue.clear()
         for batch in settled:
             self._move_to(batch.end_lsn)
-        return settled
+            yield batch
 
     Watermark.advance = advance  # type: ignore[method-assign]
 

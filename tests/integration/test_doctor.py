@@ -92,6 +92,7 @@ def role(world: World, attributes: str, *grants: str) -> Iterator[str]:
 _STATE = (
     "USAGE ON SCHEMA cdc_outbox",
     "SELECT, INSERT, UPDATE ON cdc_outbox.dead_letter",
+    "SELECT, INSERT ON cdc_outbox.redrive_outcome",
     "SELECT, INSERT, UPDATE ON cdc_outbox.confirmation",
     "SELECT, INSERT, DELETE ON cdc_outbox.settled, cdc_outbox.coverage",
     "SELECT, INSERT, DELETE ON cdc_outbox.canary",

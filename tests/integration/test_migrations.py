@@ -202,7 +202,7 @@ def as_role(world: World, role: str, statement: str) -> list[tuple[object, ...]]
         "INSERT INTO cdc_outbox.schema_migration VALUES ('x', 'x')",
         "CREATE TABLE cdc_outbox.x ()",
         "DELETE FROM cdc_outbox.dead_letter",
-        "INSERT INTO cdc_outbox.redrive_request (dead_letter_id) VALUES (1)",
+        "INSERT INTO cdc_outbox.redrive_request (slot, dead_letter_id) VALUES ('s', 1)",
         "DELETE FROM cdc_outbox.confirmation",
         "DROP PUBLICATION cdc_outbox",
     ],

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cdc_outbox.errors import CdcOutboxError, MalformedStream, PoisonEvent
+from cdc_outbox.errors import CdcOutboxError, MalformedStream, OperatorNeeded, PoisonEvent
 from cdc_outbox.relay.dead_letters import DeadLetter, DeadLetters, RedriveRequest
 from cdc_outbox.relay.pipeline import BATCH_EVENTS, Pipeline
 from cdc_outbox.relay.router import Outbox, Record, Router, Routing, Strays, TopicTemplate
@@ -14,7 +14,7 @@ from support import frames
 
 OUTBOX = {"id": 2950, "aggregate_type": 25, "aggregate_id": 25, "event_type": 25, "payload": 114}
 RELATION = frames.relation(7, "outbox", OUTBOX)
-REQUEST = {"id": 20, "dead_letter_id": 20, "topic": 25, "key": 25}
+REQUEST = {"id": 20, "slot": 25, "dead_letter_id": 20, "topic": 25, "key": 25}
 
 
 class Refused(Exception):
@@ -69,8 +69,8 @@ class FakeDeadLetters:
     def take(self, request: RedriveRequest) -> Record | None:
         return self.records.get(request.dead_letter_id)
 
-    def refused_again(self, dead_letter_id: int, poison: PoisonEvent) -> None:
-        self.refused.append((dead_letter_id, poison.reason))
+    def refused_again(self, request: RedriveRequest, poison: PoisonEvent) -> None:
+        self.refused.append((request.dead_letter_id, poison.reason))
 
 
 def make(
@@ -100,7 +100,7 @@ def test_one_event_walks_through() -> None:
     (record,) = publisher.taken
     assert record[:4] == ("outbox.order", b"{}", b"a", -1)
     assert record[6:] == (946_684_800_001, [("id", b"e1"), ("type", b"t")])
-    assert pipeline.watermark.advance() == []
+    assert list(pipeline.watermark.advance()) == []
     publisher.deliver()
     (batch,) = pipeline.watermark.advance()
     assert pipeline.watermark.settled_lsn == 11, "end LSN, not commit LSN"
@@ -124,7 +124,7 @@ def test_a_batch_closes_where_a_read_ends_even_if_its_events_were_acknowledged_m
     pipeline = make(publisher)
     pipeline.feed([RELATION, frames.begin(10, time_us=1000), event(1)])
     publisher.deliver()
-    assert pipeline.watermark.advance() == [], "the transaction is open"
+    assert list(pipeline.watermark.advance()) == [], "the transaction is open"
     pipeline.feed([frames.commit(10, 11)])
     (batch,) = pipeline.watermark.advance()
     assert (batch.events, pipeline.watermark.settled_lsn) == (1, 11)
@@ -139,7 +139,7 @@ def test_acknowledgements_inside_a_long_transaction_are_seen() -> None:
     assert (pipeline.acknowledged_events, pipeline.watermark.outstanding) == (2, 1)
     publisher.deliver()
     pipeline.feed([frames.commit(20, 21)])
-    pipeline.watermark.advance()
+    list(pipeline.watermark.advance())
     assert (pipeline.acknowledged_events, pipeline.watermark.outstanding) == (3, 0)
 
 
@@ -147,17 +147,18 @@ def test_back_pressure_waits_and_loses_nothing() -> None:
     publisher = FakePublisher(room=2)
     waits = []
 
-    def wait_for_room() -> None:
+    def wait_for_room() -> bool:
         waits.append(len(publisher.taken))
         if len(waits) % 2 == 0:  # the first time there is still none
             publisher.room += 2
+        return True
 
     pipeline = make(publisher, wait_for_room)
     pipeline.feed([RELATION, *transaction(10, *map(event, range(6)))])
     assert [record[7][0][1] for record in publisher.taken] == [b"e%d" % number for number in range(6)]
     assert waits == [2, 2, 4, 4]
     publisher.deliver(5)
-    assert pipeline.watermark.advance() == []
+    assert list(pipeline.watermark.advance()) == []
     publisher.deliver()
     assert [batch.events for batch in pipeline.watermark.advance()] == [6]
 
@@ -174,7 +175,7 @@ def test_draining_stops_at_the_transaction_end_and_leaves_the_rest_unread() -> N
     assert len(publisher.taken) == 2
     assert next(stream) == frames.begin(20, time_us=1000)
     publisher.deliver()
-    pipeline.watermark.advance()
+    list(pipeline.watermark.advance())
     assert pipeline.watermark.settled_lsn == 11, "what was read can be confirmed"
 
 
@@ -349,7 +350,7 @@ def test_a_redrive_is_published_in_its_place() -> None:
     requests = frames.relation(9, "redrive_request", REQUEST, namespace="cdc_outbox")
     dead_letters.records[5] = Record("outbox.order", b"old", b"k", [("id", b"e0")])
     dead_letters.records[6] = Record("secret", b"old", b"k", [])
-    first, second, third = (frames.insert(9, [b"1", number, None, None]) for number in (b"5", b"6", b"7"))
+    first, second, third = (frames.insert(9, [b"1", b"s", number, None, None]) for number in (b"5", b"6", b"7"))
     pipeline.feed([RELATION, requests, *transaction(10, event(1), first, second, third, event(2))])
     assert [record[:3] for record in publisher.taken] == [
         ("outbox.order", b"{}", b"a"),
@@ -358,9 +359,75 @@ def test_a_redrive_is_published_in_its_place() -> None:
     ]
     assert publisher.taken[1][7] == [("id", b"e0"), ("cdc-outbox-redriven", b"5")]
     assert dead_letters.refused == [(6, "topic_not_allowed")]
-    assert pipeline.watermark.advance() == []
+    assert list(pipeline.watermark.advance()) == []
     publisher.deliver()
-    assert [batch.redriven for batch in pipeline.watermark.advance()] == [[5]]
+    assert [batch.redriven for batch in pipeline.watermark.advance()] == [[(1, 5)]]
+
+
+def test_a_redrive_that_can_never_fit_is_refused_and_counted_out() -> None:
+    publisher, dead_letters = FakePublisher(), FakeDeadLetters()
+    pipeline = make(publisher, wait_for_room=lambda: False, dead_letters=dead_letters)
+    requests = frames.relation(9, "redrive_request", REQUEST, namespace="cdc_outbox")
+    dead_letters.records[5] = Record("outbox.order", b"x" * 100, b"k", [])
+    pipeline.feed([RELATION, requests, frames.begin(10)])
+    publisher.room = 0
+    pipeline.feed([frames.insert(9, [b"1", b"s", b"5", None, None])])
+    publisher.room = 10
+    pipeline.feed([event(1), frames.commit(10, 11)])
+    publisher.deliver()
+    assert dead_letters.refused == [(5, "queue_too_small")]
+    assert [batch.redriven for batch in pipeline.watermark.advance()] == [[]]
+    assert pipeline.watermark.settled_lsn == 11
+
+
+def test_an_event_that_can_never_fit_is_put_away() -> None:
+    publisher, dead_letters = FakePublisher(room=0), FakeDeadLetters()
+    pipeline = make(publisher, wait_for_room=lambda: False, dead_letters=dead_letters)
+    pipeline.feed([RELATION, *transaction(10, event(1))])
+    assert [letter.poison.reason for letter in dead_letters.kept] == ["queue_too_small"]
+    list(pipeline.watermark.advance())
+    assert pipeline.watermark.settled_lsn == 11
+
+
+@pytest.mark.parametrize("row", [event(1), frames.insert(9, [b"1", b"s", b"5", None, None])], ids=["event", "redrive"])
+def test_what_is_raised_while_waiting_for_room_blames_nobody(row: bytes) -> None:
+    """It is about another event: one that is in flight."""
+    publisher, dead_letters = FakePublisher(), FakeDeadLetters()
+
+    def refuse() -> bool:
+        raise PoisonEvent("another one", reason="another")
+
+    pipeline = make(publisher, wait_for_room=refuse, dead_letters=dead_letters)
+    dead_letters.records[5] = Record("outbox.order", b"x", b"k", [])
+    requests = frames.relation(9, "redrive_request", REQUEST, namespace="cdc_outbox")
+    pipeline.feed([RELATION, requests, frames.begin(10)])
+    publisher.room = 0
+    with pytest.raises(PoisonEvent, match="another one"):
+        pipeline.feed([row])
+    assert (dead_letters.kept, dead_letters.refused) == ([], [])
+
+
+def test_what_is_owed_is_recorded_before_the_watermark_moves() -> None:
+    publisher = FakePublisher()
+    pipeline = make(publisher)
+    pipeline.feed([RELATION, *transaction(10, event(1))])
+    publisher.deliver()
+    for _ in pipeline.watermark.advance():
+        assert pipeline.watermark.settled_lsn == 0
+        break  # recording it has failed
+    assert pipeline.watermark.settled_lsn == 0
+    assert len(list(pipeline.watermark.advance())) == 1
+    assert pipeline.watermark.settled_lsn == 11
+
+
+def test_a_row_that_nobody_routes_stops_the_stream_where_its_table_is_listed() -> None:
+    stranger = frames.relation(8, "stranger", {"a": 23})
+    row = frames.insert(8, [b"1"])
+    make(FakePublisher(), strays=Strays(frozenset())).feed([RELATION, stranger, *transaction(10, row)])
+    pipeline = make(FakePublisher(), strays=Strays(None))
+    pipeline.feed([RELATION, stranger, *transaction(10)])
+    with pytest.raises(OperatorNeeded, match=r"a row of table public\.stranger has come"):
+        pipeline.feed(transaction(20, row))
 
 
 def test_the_watermark_follows_any_chunking() -> None:
@@ -371,5 +438,5 @@ def test_the_watermark_follows_any_chunking() -> None:
         pipeline.feed(stream[:cut])
         pipeline.feed(stream[cut:])
         publisher.deliver()
-        pipeline.watermark.advance()
+        list(pipeline.watermark.advance())
         assert pipeline.watermark.settled_lsn == 31

@@ -27,7 +27,7 @@ def test_never_passes_what_is_unsettled(sizes: list[int], data: st.DataObject) -
     batches = [publish(watermark, size, (number + 1) * 10) for number, size in enumerate(sizes)]
     deliveries = data.draw(st.permutations([batch for batch in batches for _ in range(batch.outstanding)]))
     for batch in [*deliveries, None]:
-        watermark.advance()
+        list(watermark.advance())
         unsettled = [batch.end_lsn for batch in batches if batch.outstanding]
         assert watermark.settled_lsn < min(unsettled, default=2**64)
         settled_prefix = [b.end_lsn for b in batches[: next((i for i, b in enumerate(batches) if b.outstanding), None)]]
@@ -46,7 +46,7 @@ def test_a_failed_event_is_never_passed() -> None:
     first.on_delivery("refused", None)
     second.on_delivery(None, None)
     assert failures == ["refused"]
-    assert watermark.advance() == []
+    assert list(watermark.advance()) == []
     assert watermark.settled_lsn == 0
 
 
@@ -55,7 +55,7 @@ def test_a_batch_whose_transaction_is_open_is_not_closed() -> None:
     watermark.current.outstanding += 1
     watermark.close_batch()
     watermark.current.on_delivery(None, None)
-    assert watermark.advance() == []
+    assert list(watermark.advance()) == []
     assert watermark.settled_lsn == 0
 
 
@@ -69,7 +69,7 @@ def test_idle_rule() -> None:
     batch.on_delivery(None, None)
     watermark.advance_idle(70)
     assert watermark.settled_lsn == 50, "its batch has not been settled yet"
-    watermark.advance()
+    list(watermark.advance())
     watermark.advance_idle(70)
     assert watermark.settled_lsn == 70
     watermark.advance_idle(65)
@@ -81,7 +81,7 @@ def test_stepping_back_is_a_bug_and_says_so() -> None:
     watermark.advance_idle(50)
     publish(watermark, 0, 40)
     with pytest.raises(BrokenInvariant, match="step back from 0/32 to 0/28"):
-        watermark.advance()
+        list(watermark.advance())
 
 
 def test_age_of_the_oldest() -> None:
@@ -92,5 +92,5 @@ def test_age_of_the_oldest() -> None:
     watermark.current.first_commit_time_ms = 6
     assert watermark.oldest_commit_time_ms == 5
     batch.on_delivery(None, None)
-    watermark.advance()
+    list(watermark.advance())
     assert watermark.oldest_commit_time_ms == 6
