@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+import orjson
 from psycopg import sql
 
 from cdc_outbox.errors import CdcOutboxError
@@ -17,7 +18,7 @@ from cdc_outbox.postgres import catalog
 from cdc_outbox.postgres.catalog import Table
 from cdc_outbox.postgres.connection import Connection, translated
 from cdc_outbox.postgres.coverage import sent_heaps
-from cdc_outbox.postgres.publication import SentTable, wasteful
+from cdc_outbox.postgres.publication import SentTable, unrouted, wasteful
 from cdc_outbox.postgres.server import check_same_server
 from cdc_outbox.postgres.slots import check_slot, find_slot
 from cdc_outbox.postgres.stream import ReplicationStream
@@ -115,6 +116,13 @@ def examine_publication(connection: Connection, check: Callable[[], SentTable], 
     for waste in wasteful(publication):
         mend = f"ALTER PUBLICATION {publication.identifier} SET (publish = 'insert')"
         yield Finding("publication", "warning", waste, mend)
+    if others := unrouted(connection, sent):
+        yield Finding(
+            "other tables",
+            "warning",
+            f"{publication.name!r} lists {', '.join(others)} besides: the first row of one ends the relay",
+            f"if they hold no events: outbox.ignore_tables = {orjson.dumps(others).decode()}",
+        )
     yield from _examine_age(connection, sent, slot)
     yield from _examine_updates(connection, sent, slot)
     yield from _examine_partitioning(connection, sent)

@@ -113,6 +113,17 @@ def check_publication(connection: Connection, name: str, table: Table, *, ignore
     )
 
 
+def unrouted(connection: Connection, sent: SentTable) -> list[str]:
+    """Tables that the publication lists one by one, and whose first row would end the relay."""
+    with translated(f"looking up what else publication {sent.publication.name} lists"):
+        rows = connection.execute(
+            "SELECT nspname || '.' || relname FROM pg_class JOIN pg_namespace ON pg_namespace.oid = relnamespace"
+            " WHERE pg_class.oid = ANY(%s) AND NOT pg_class.oid = ANY(%s) AND nspname <> 'cdc_outbox' ORDER BY 1",
+            [list(sent.publication.listed), list(sent.oids)],
+        ).fetchall()
+    return [name for (name,) in rows if name not in sent.ignored]
+
+
 def wasteful(publication: Publication) -> list[str]:
     """What it sends that the relay has no use for, a line each."""
     if publication.publishes_more:
@@ -132,6 +143,7 @@ def _members(connection: Connection, table: Table) -> list[_Member]:
                  WHERE NOT i.inhdetachpending)
             SELECT c.oid::int8, n.nspname, c.relname, c.relkind, c.relpersistence, c.relispartition
               FROM tree JOIN pg_class AS c USING (oid) JOIN pg_namespace AS n ON n.oid = c.relnamespace
+             WHERE level = 0 OR c.relpersistence <> 't'  -- a temporary child is its session's alone
              ORDER BY level, n.nspname, c.relname
             """,
             [table.oid],
@@ -149,11 +161,15 @@ def _check_members(publication: Publication, members: list[_Member], ignored: Co
             hint=f"ALTER PUBLICATION {name} SET (publish = 'insert')",
         )
     for member in members:
-        if member.kind in "rp" and member.persistence != "p":
+        if member.persistence == "u":
             raise OperatorNeeded(
-                f"table {member} is {'unlogged' if member.persistence == 'u' else 'temporary'}: its rows never reach "
-                "the log",
+                f"table {member} is unlogged: its rows never reach the log",
                 hint=f"ALTER TABLE {_quoted(member)} SET LOGGED; what was written before is not sent",
+            )
+        if member.kind == "f":
+            raise OperatorNeeded(
+                f"table {member}, of {outbox}, is a foreign table: its rows never reach the log",
+                hint=f"ALTER TABLE {_quoted(outbox)} DETACH PARTITION {_quoted(member)}",
             )
     for member in others:
         if not member.is_partition and str(member) not in ignored:

@@ -114,7 +114,8 @@ class Supervisor:
                 stream = stack.enter_context(ReplicationStream(self._dsn))
                 check_same_server(connection, stream.identify())
                 route = self._prepare(connection, publisher)
-                self._take_slot(connection, stream, publisher)
+                if self._take_slot(connection, stream, publisher):
+                    route = self._prepare(connection, publisher)
                 state = self._make_state(connection, route.sent)
             self._streaming_since = time.monotonic()
             self._health.become("streaming")
@@ -135,8 +136,11 @@ class Supervisor:
             return route.also(make_canary_router(config, topics.require))
         return route
 
-    def _take_slot(self, connection: Connection, stream: ReplicationStream, publisher: Publisher) -> None:
-        """Wait for the slot, as a standby while another relay has it."""
+    def _take_slot(self, connection: Connection, stream: ReplicationStream, publisher: Publisher) -> bool:
+        """Wait for the slot, as a standby while another relay has it; whether that was so.
+
+        What was looked at before may be old by then: partitions come and go, tables are made anew.
+        """
         while True:
             self._continuity.check(connection, stream.identify())
             try:
@@ -146,7 +150,7 @@ class Supervisor:
                 publisher.poll(0)  # librdkafka's notices are not to pile up
                 self._shutdown.sleep(_STANDBY_SECONDS)
             else:
-                return
+                return self._health.state == "standby"
 
     def _relay(self, stream: ReplicationStream, publisher: Publisher, routing: Routing, state: SessionState) -> None:
         session = Session(stream, publisher, routing, state, self._shutdown, self._health, self._metrics)

@@ -264,6 +264,7 @@ def test_a_row_of_a_listed_table_that_nobody_routes_ends_the_relay(
         world.insert("x")
     done = command.run(world.environment, "run")
     if away == "listed":
+        assert "lists public.stranger besides" in command.run(world.environment, "doctor").out
         assert (done.exit_code, "a row of table public.stranger has come" in done.error) == (3, True)
         assert 'outbox.ignore_tables = ["public.stranger"]' in done.error
     world.settings["CDC_OUTBOX_OUTBOX__IGNORE_TABLES"] = '["public.stranger"]'

@@ -74,6 +74,19 @@ def test_a_partitioned_outbox_needs_its_root(every_world: World) -> None:
     assert wasteful(check_publication(world.db, "leaves", table).publication) == []
 
 
+def test_a_foreign_partition_and_a_temporary_child(every_world: World) -> None:
+    world = every_world
+    world.db.execute("CREATE TABLE plain (id int); CREATE PUBLICATION plain FOR TABLE plain WITH (publish = 'insert')")
+    world.db.execute("CREATE TEMPORARY TABLE child () INHERITS (plain)")
+    check_publication(world.db, "plain", catalog.find_table(world.db, "plain"))
+    world.db.execute("CREATE TABLE parted (id int) PARTITION BY RANGE (id)")
+    world.db.execute("CREATE PUBLICATION parted FOR TABLE parted WITH (publish_via_partition_root)")
+    world.db.execute("CREATE FOREIGN DATA WRAPPER nothing; CREATE SERVER nowhere FOREIGN DATA WRAPPER nothing")
+    world.db.execute("CREATE FOREIGN TABLE far PARTITION OF parted DEFAULT SERVER nowhere")
+    with pytest.raises(OperatorNeeded, match=r"table public\.far, of public\.parted, is a foreign table"):
+        check_publication(world.db, "parted", catalog.find_table(world.db, "parted"))
+
+
 def test_slots(every_world: World) -> None:
     world = every_world
     with pytest.raises(OperatorNeeded, match="'nope' does not exist"):
