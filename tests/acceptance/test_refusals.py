@@ -21,7 +21,7 @@ def bad(world: World) -> dict[str, tuple[dict[str, str], int, str]]:
         "no dsn": ({"CDC_OUTBOX_POSTGRES__DSN": f"nonsense {SECRET}"}, 2, "postgres.dsn"),
         "password": ({"CDC_OUTBOX_POSTGRES__DSN": wrong_password}, 3, "password authentication failed for user"),
         "database": ({"CDC_OUTBOX_POSTGRES__DSN": conninfo.make_conninfo(world.dsn, dbname="nope")}, 3, '"nope"'),
-        "slot": ({"CDC_OUTBOX_POSTGRES__SLOT": "nope"}, 3, "slot 'nope' does not exist -- run: cdc-outbox migrate up"),
+        "slot": ({"CDC_OUTBOX_POSTGRES__SLOT": "nope"}, 3, "slot 'nope' does not exist -- if database"),
         "slot name": ({"CDC_OUTBOX_POSTGRES__SLOT": "No-Slot"}, 2, "postgres.slot = 'No-Slot'"),
         "publication": ({"CDC_OUTBOX_POSTGRES__PUBLICATION": "nope"}, 3, "publication 'nope' does not exist"),
         "table": ({"CDC_OUTBOX_OUTBOX__TABLE": "app.nope"}, 3, "table app.nope does not exist"),
