@@ -183,7 +183,12 @@ def _slot_step(connection: Connection, target: Target, *, table_is_made: bool, f
     may_read = True
     if not table_is_made:
         with translated(f"looking up rights to {target.table}"):
-            row = connection.execute("SELECT has_table_privilege(%s, 'SELECT')", [outbox.as_string()]).fetchone()
+            # row security may hide rows: then it cannot be told whether there are any
+            row = connection.execute(
+                "SELECT has_table_privilege(oid, 'SELECT') AND NOT relrowsecurity FROM pg_class"
+                " WHERE oid = %s::regclass",
+                [outbox.as_string()],
+            ).fetchone()
         may_read = row == (True,)
     begin = settlement.begin_sql(server_major(connection), target.slot, target.publication, outbox, may_read=may_read)
     script = "\n".join(
