@@ -65,7 +65,7 @@ def _show_stuck(config: Config, patience: timedelta, *, as_json: bool) -> None:
     if unknown:
         click.echo(
             f"of {unknown} rows it cannot be told whether they were published (written before the slot, or while they "
-            "were not sent): {_UNKNOWN}"
+            f"were not sent): {_UNKNOWN}"
         )
 
 

@@ -300,3 +300,4 @@ def test_what_was_there_before_and_what_waits_are_told_apart(ledger: Ledger) -> 
     assert {states[event_id] for event_id in waiting} == {"pending"}
     shown = command.run(world.environment, "status", "--stuck", "1h")
     assert shown.out.startswith("nothing is stuck\nof 20 rows it cannot be told whether they were published")
+    assert shown.out.endswith("SELECT * FROM cdc_outbox.event_status WHERE state = 'unknown'\n")
