@@ -14,12 +14,15 @@
 --   * An update gives a row another transaction. Where a heap may hold rows that were never sent (it was not empty when
 --     `since` began), an update could pass one of them for published. There, PostgreSQL's count of updates belongs to
 --     the fingerprint, and `earlier` counts instead of `snapshot`: a session may report what it has updated ten seconds
---     late. Where a heap was empty (`complete`), all that is in it was sent, updated or not.
+--     late, or after the transaction that it has begun since. So could a file that was filled beforehand and put in the
+--     table's place (pg_repack): only the file that was looked at counts. Where a heap was empty (`complete`), all that
+--     is in it was sent, updated, moved or not.
 --   * Transaction ids are a server's own. A note from another one (restored from a dump, cloned) says nothing here.
 --   * A row's xid has 32 bits. A row that lies there for 2^31 transactions becomes unknown. (After 2^32 it would look
 --     young again; a row from before the slot that lies there so long could pass for a settled one.)
---   * Not closed: ALTER PUBLICATION whose COMMIT waits for a synchronous standby is decoded before any snapshot shows
---     it. What an older transaction writes meanwhile, and commits without waiting itself, is taken for sent.
+--   * A transaction that changes the publication may be decoded before any snapshot shows it (its COMMIT waits for a
+--     synchronous standby). So `snapshot` is one of which all that was in progress had ended when the fingerprint was
+--     read.
 --
 -- Run as: the owner of schema cdc_outbox. Safe to run again.
 
@@ -51,12 +54,14 @@ CREATE TABLE IF NOT EXISTS cdc_outbox.coverage (
     complete    boolean     NOT NULL,
     fingerprint text        NOT NULL,
     updates     text,
+    file        oid         NOT NULL,
     PRIMARY KEY (id, heap)
 );
 
 COMMENT ON TABLE cdc_outbox.coverage IS 'Of which heaps every row is sent: what notes with this coverage speak of';
 COMMENT ON COLUMN cdc_outbox.coverage.since IS 'What began after this snapshot, and only that, is known to be sent';
 COMMENT ON COLUMN cdc_outbox.coverage.complete IS 'The heap was empty then: it holds nothing that was never sent';
+COMMENT ON COLUMN cdc_outbox.coverage.file IS 'Its relfilenode';
 COMMENT ON COLUMN cdc_outbox.coverage.updates IS 'How many updates PostgreSQL had counted, and since when it counts';
 
 -- Whose rows event_status shows: `cdc-outbox migrate up` enters each outbox with its slot.
@@ -113,20 +118,24 @@ BEGIN
                               ORDER BY pg_snapshot_xmin(earlier), settled_at LIMIT 1) AS later ON true
           LEFT JOIN LATERAL (SELECT later.settled_at FROM cdc_outbox.coverage
                               WHERE id = later.coverage AND heap = event.tableoid
+                                AND (complete OR file = pg_relation_filenode(event.tableoid))
                                 AND cdc_outbox.full_xid(event.xmin) >= pg_snapshot_xmax(since)) AS by_later ON true
           LEFT JOIN cdc_outbox.coverage AS latest
             ON latest.heap = event.tableoid AND cdc_outbox.full_xid(event.xmin) >= pg_snapshot_xmax(latest.since)
+           AND cdc_outbox.full_xid(event.xmin) < pg_snapshot_xmax(pg_current_snapshot())
            AND latest.id = (SELECT coverage FROM cdc_outbox.settled
                              WHERE slot = %5$L
                                AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
                              ORDER BY pg_snapshot_xmax(snapshot) DESC, id DESC LIMIT 1)
           LEFT JOIN LATERAL (SELECT state, attempts, state_changed_at FROM cdc_outbox.dead_letter
-                              WHERE event_id = event.%2$I::text AND slot = %5$L ORDER BY id DESC LIMIT 1) AS letter
+                              WHERE event_id = format('%%s', event.%2$I) AND slot = %5$L
+                              ORDER BY id DESC LIMIT 1) AS letter
             ON true
          CROSS JOIN LATERAL (
                SELECT CASE WHEN letter.state = 'redriven' THEN 'published'
                            WHEN letter.state = 'discarded' THEN 'discarded'
                            WHEN letter.state IS NOT NULL THEN 'dead'
+                           WHEN event.%2$I IS NULL THEN 'unknown'  -- it may be a dead letter: who could tell?
                            WHEN by_first.settled_at IS NOT NULL OR by_later.settled_at IS NOT NULL THEN 'published'
                            WHEN latest.since IS NOT NULL THEN 'pending'
                            ELSE 'unknown' END AS state) AS stands
@@ -137,11 +146,16 @@ BEGIN
       JOIN pg_class ON pg_class.oid = entered.outbox,  -- it may have been dropped
            (SELECT CASE WHEN count(*) > 1 THEN '::text' ELSE '' END
               FROM cdc_outbox.outbox JOIN pg_class ON pg_class.oid = outbox.outbox) AS counted (as_text);
-    DROP VIEW IF EXISTS cdc_outbox.event_status;
     IF outboxes IS NULL THEN
+        DROP VIEW IF EXISTS cdc_outbox.event_status;
         RETURN;
     END IF;
-    EXECUTE 'CREATE VIEW cdc_outbox.event_status AS ' || outboxes;
+    BEGIN
+        EXECUTE 'CREATE OR REPLACE VIEW cdc_outbox.event_status AS ' || outboxes;  -- rights to it stay
+    EXCEPTION WHEN invalid_table_definition THEN  -- a column is of another type
+        DROP VIEW cdc_outbox.event_status;
+        EXECUTE 'CREATE VIEW cdc_outbox.event_status AS ' || outboxes;
+    END;
     COMMENT ON VIEW cdc_outbox.event_status IS
         'What became of each row: pending (will come), published, unknown (cannot be told), dead, discarded';
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_reader') THEN

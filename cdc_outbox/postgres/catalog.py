@@ -100,13 +100,16 @@ def read_names(connection: Connection, names: Sequence[str], key: str) -> frozen
     with translated(f"reading {key}"):
         try:
             rows = connection.execute(
-                "SELECT CASE cardinality(parts) WHEN 1 THEN 'public.' ELSE parts[1] || '.' END"
-                " || parts[cardinality(parts)] FROM unnest(%s::text[]) AS name, parse_ident(name) AS parts",
+                "SELECT CASE cardinality(parts) WHEN 1 THEN 'public.' || parts[1]"
+                " WHEN 2 THEN parts[1] || '.' || parts[2] END"
+                " FROM unnest(%s::text[]) AS name, parse_ident(name) AS parts",
                 [list(names)],
             ).fetchall()
-        except psycopg.errors.InvalidParameterValue as error:
-            raise ConfigurationError(
-                f"{key} = {list(names)!r} holds what is not a table name",
-                hint='write each as in SQL: schema.table, or "Schema"."Table"',
-            ) from error
+        except psycopg.errors.InvalidParameterValue:
+            rows = [(None,)]
+    if (None,) in rows:
+        raise ConfigurationError(
+            f"{key} = {list(names)!r} holds what is not a table name",
+            hint='write each as in SQL: schema.table, or "Schema"."Table"',
+        )
     return frozenset(name for (name,) in rows)

@@ -1,13 +1,14 @@
 """Coverage: of which heaps of the outbox every row is sent, and since when without a break.
 
 A heap is a table that holds rows: the outbox itself, or a partition of it. What the publication sends of one is read as
-a *fingerprint*, made only of what never returns to what it was: OIDs, file numbers, and the xmin of catalogue rows that
-change with nothing else. Two equal fingerprints then prove that nothing has changed in between, however long that was.
+a *fingerprint* of what never returns to what it was: OIDs, file numbers, and the xmin of catalogue rows that change
+with nothing else. Two equal fingerprints then prove that nothing has changed in between, however long that was.
 
 Read from catalogue tables only: they are as old as the statement's snapshot, which functions and views are not.
 Source: PostgreSQL manual, "System Catalogs"; "The Cumulative Statistics System" for when updates are counted.
 """
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,9 +44,12 @@ _SENT_HEAPS: Final = """
                         FROM pg_depend WHERE classid = 'pg_class'::regclass AND objid = ANY (path) AND objsubid = 0
                          AND refclassid = 'pg_namespace'::regclass)) AS fingerprint,
            CASE WHEN current_setting('track_counts')::bool
-                -- counts begin anew after a crash, and so do those of the archiver
-                THEN format('%s@%s', pg_stat_get_tuples_updated(heap),
-                            (SELECT extract(epoch FROM stats_reset) FROM pg_stat_archiver)) END AS updates
+                -- counts begin anew after a crash, and so do those of the archiver; or by a reset
+                THEN concat_ws('@', pg_stat_get_tuples_updated(heap),
+                               (SELECT extract(epoch FROM stats_reset) FROM pg_stat_archiver),
+                               (SELECT extract(epoch FROM pg_stat_get_db_stat_reset_time(oid))
+                                  FROM pg_database WHERE datname = current_database())) END AS updates,
+           c.relfilenode::int8 AS file
       FROM tree JOIN pg_class AS c ON c.oid = heap JOIN pg_namespace AS n ON n.oid = c.relnamespace
       JOIN pg_class AS root ON root.oid = path[1] JOIN pg_namespace AS r ON r.oid = root.relnamespace
            CROSS JOIN publication
@@ -70,6 +74,7 @@ class SentHeap:
     fingerprint: str
     updates: str | None
     """None if the server does not count."""
+    file: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,23 +97,26 @@ class Covered:
 Coverage = dict[int, Covered]
 
 
-def extend(coverage: Coverage, before: dict[int, SentHeap], seen: dict[int, SentHeap], snapshot: str) -> Coverage:
+def extend(
+    coverage: Coverage, before: dict[int, SentHeap], seen: dict[int, SentHeap], snapshot: str, restless: Container[int]
+) -> Coverage:
     """What is covered now that ``seen`` was read with ``snapshot``, and ``before`` at the time before.
 
-    A heap is covered from the second sight on: updates are counted with a snapshot, not before it.
+    A heap is covered from the second sight on: updates are counted with a snapshot, not before it. Not a ``restless``
+    one, in which updates go on: it would be covered for a moment, again and again.
     """
     extended: Coverage = {}
     for heap, sight in seen.items():
         covered = coverage.get(heap)
         if covered and covered.goes_on_with(sight):
             extended[heap] = covered
-        elif before.get(heap) == sight and sight.updates is not None:
+        elif before.get(heap) == sight and sight.updates is not None and heap not in restless:
             extended[heap] = Covered(snapshot, complete=False, heap=sight)
     return extended
 
 
 def sent_heaps(server_major: int, publication: str, outbox: sql.Composable) -> sql.Composed:
-    """The query for heap, fingerprint and updates of each heap of which every row is sent; ``outbox`` is an OID."""
+    """The query for what is seen of each heap of which every row is sent; ``outbox`` is an OID."""
     filters = server_major >= _FILTERS_SINCE
     return sql.SQL(_SENT_HEAPS).format(
         publication=publication,

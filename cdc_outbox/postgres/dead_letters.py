@@ -72,6 +72,12 @@ def settled_since(connection: Connection, system_identifier: str, slot: str, lsn
     return [(LSN.parse(commit_lsn), ordinal) for commit_lsn, ordinal in rows]
 
 
+def to_redrive(connection: Connection, dead_letter_id: int) -> Row | None:
+    """What the relay needs to publish it again. Of its own table only: it has no right to that of the requests."""
+    rows = _select(connection, "state, topic, key, headers, payload", "WHERE id = %s", [dead_letter_id])
+    return rows[0] if rows else None
+
+
 def get(connection: Connection, dead_letter_id: int) -> Row | None:
     """One dead letter, payload and all."""
     rows = _select(connection, f"{_SUMMARY}, key, headers, payload", "WHERE id = %s", [dead_letter_id])

@@ -19,42 +19,25 @@ from cdc_outbox.postgres.connection import Connection, translated
 _MOST_STUCK_SHOWN: Final = 100
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
-    """Rows of a heap whose transactions have an id from ``since`` on and below ``before`` are published, or dead."""
-
-    since: str
-    before: str
-
-    def condition(self, xmin: sql.Composable) -> sql.Composed:
-        """Whether the row with this xmin is one of theirs."""
-        return sql.SQL(
-            "(cdc_outbox.full_xid({xmin}) >= {since}::text::xid8"
-            " AND cdc_outbox.full_xid({xmin}) < {before}::text::xid8)"
-        ).format(xmin=xmin, since=self.since, before=self.before)
-
-
-def known_published(connection: Connection, slot: str, *, for_at_least: timedelta) -> dict[int, list[Known]]:
-    """By the OID of each heap: what notes tell that are so old."""
-    known: dict[int, list[Known]] = {}
+def known_published(connection: Connection, slot: str, *, for_at_least: timedelta) -> dict[int, str]:
+    """By the OID of each heap the transactions, an int8multirange, whose rows are published, or dead, for so long."""
     with translated("reading cdc_outbox.settled"):
         rows = connection.execute(
             """
-            SELECT heap::int8, pg_snapshot_xmax(since)::text, max(before)::text
-              FROM (SELECT heap, since,
-                           greatest(CASE WHEN complete THEN pg_snapshot_xmin(snapshot)::text::numeric END,
-                                    pg_snapshot_xmin(earlier)::text::numeric) AS before
+            SELECT heap::int8, range_agg(int8range(since, before))::text
+              FROM (SELECT heap, pg_snapshot_xmax(since)::text::bigint AS since,
+                           greatest(CASE WHEN complete THEN pg_snapshot_xmin(snapshot)::text::bigint END,
+                                    pg_snapshot_xmin(earlier)::text::bigint) AS before
                       FROM cdc_outbox.settled AS note JOIN cdc_outbox.coverage ON coverage.id = note.coverage
+                      JOIN pg_class ON pg_class.oid = heap AND (complete OR relfilenode = file)
                      WHERE slot = %s AND settled_at <= now() - %s
                        AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())) AS told
-             WHERE before > pg_snapshot_xmax(since)::text::numeric
-             GROUP BY heap, pg_snapshot_xmax(since)
+             WHERE before > since
+             GROUP BY heap
             """,
             [slot, for_at_least],
         ).fetchall()
-    for heap, since, before in rows:
-        known.setdefault(heap, []).append(Known(since, before))
-    return known
+    return dict(rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +82,8 @@ def stuck_rows(
                    AND coalesce({committed} < now() - {patience}, true)
                    AND cdc_outbox.full_xid(event.xmin) >= latest.before
                    AND cdc_outbox.full_xid(event.xmin) >= pg_snapshot_xmax(covered.since)
-                   AND NOT EXISTS (SELECT FROM cdc_outbox.dead_letter WHERE event_id = event.{id}::text)
+                   AND NOT EXISTS (SELECT FROM cdc_outbox.dead_letter
+                                    WHERE event_id = format('%s', event.{id}) AND slot = {slot})
                  ORDER BY {committed} NULLS FIRST
                  LIMIT {most}
                 """

@@ -25,6 +25,9 @@ from cdc_outbox.postgres.stream import ReplicationStream
 
 _IDLE_TIMEOUT_SINCE: Final = 18
 _MOST_CLOCK_SECONDS: Final = 1.0
+#: By major version, the first in which an open transaction does not hide what others change in a publication
+#: (release notes: "Distribute invalidation messages to all in-progress transactions" in logical decoding).
+_LEAST_MINOR: Final = {14: 140_018, 15: 150_013, 16: 160_009, 17: 170_005}
 #: What the relay needs in its own schema: table, and rights to it.
 _STATE_RIGHTS: Final = {
     "dead_letter": "SELECT, INSERT, UPDATE",
@@ -44,6 +47,15 @@ def examine_server(connection: Connection, slot: str) -> Findings:
         return f"PostgreSQL {connection.info.parameter_status('server_version')}, wal_level logical"
 
     yield looked_at("server", version)
+    least = _LEAST_MINOR.get(catalog.server_major(connection), 0)
+    if connection.info.server_version < least:
+        yield Finding(
+            "server's bugs",
+            "warning",
+            f"before {least // 10_000}.{least % 10_000} PostgreSQL may send nothing of a table that comes into a "
+            "publication while a transaction is open that began before",
+            "upgrade to the latest minor version",
+        )
     rows = _rows(
         connection,
         "reading settings",
@@ -175,7 +187,7 @@ def _examine_updates(connection: Connection, sent: SentTable, slot: str) -> Find
             "warning",
             f"rows of {heap} were updated, {times} times or more in the last hour: rows written around that time stay "
             "unknown, and prune keeps them, because an update could pass a row that was never sent for a new one",
-            f"do not update {sent.table}: keep what changes in another table, or let the outbox be emptied once",
+            f"do not update {sent.table}: keep what changes in another table",
         )
 
 

@@ -129,7 +129,13 @@ def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step
                 script = f"ALTER PUBLICATION {name} ADD TABLE cdc_outbox.{table};"
                 steps.append(Step(f"add cdc_outbox.{table} to publication {target.publication}", script))
     if slot is None:
-        steps.append(_slot_step(connection, target, table_is_made=_TABLE_FILE in made, failover=failover))
+        script = create_slot_sql(connection, target.slot, failover=failover)
+        begin = _begin_script(connection, target, table_is_made=_TABLE_FILE in made)
+        steps.append(Step(f"create slot {target.slot} (waits for open transactions to end)", f"{script}\n{begin}"))
+    elif slot.active_pid is None and not _is_noted(connection, target.slot):
+        # made by hand, or by an `up` that was cut off: what comes from now on is known to come through it
+        begin = _begin_script(connection, target, table_is_made=_TABLE_FILE in made)
+        steps.append(Step(f"note where slot {target.slot} stands", begin))
     return steps + _view_steps(connection, target, table_is_made=_TABLE_FILE in made)
 
 
@@ -139,6 +145,9 @@ def up(connection: Connection, target: Target, *, failover: bool, report: Report
     Raises OperatorNeeded; ConfigurationError as ``plan`` does.
     """
     check_server(connection)
+    with translated("preparing the session"):
+        # A script is one transaction: each of its statements must see what has become true meanwhile.
+        connection.execute("SET default_transaction_isolation = 'read committed'")
     with _advisory_lock(connection):
         for step in plan(connection, target, failover=failover):
             report(step.title)
@@ -177,8 +186,8 @@ def _heard_tables_listed(connection: Connection, publication: str) -> set[str] |
     return set(_HEARD_TABLES) if for_all_tables else set(listed)
 
 
-def _slot_step(connection: Connection, target: Target, *, table_is_made: bool, failover: bool) -> Step:
-    """The slot, and what is noted of it at once."""
+def _begin_script(connection: Connection, target: Target, *, table_is_made: bool) -> str:
+    """What is noted of a slot at once."""
     outbox = _outbox_identifier(connection, target, [], table_is_made=table_is_made)
     may_read = True
     if not table_is_made:
@@ -191,14 +200,14 @@ def _slot_step(connection: Connection, target: Target, *, table_is_made: bool, f
             ).fetchone()
         may_read = row == (True,)
     begin = settlement.begin_sql(server_major(connection), target.slot, target.publication, outbox, may_read=may_read)
-    script = "\n".join(
-        [
-            create_slot_sql(connection, target.slot, failover=failover),
-            begin.as_string(connection),
-            continuity.begin_sql(target.slot).as_string(connection),
-        ]
-    )
-    return Step(f"create slot {target.slot} (waits for open transactions to end)", script)
+    return f"{begin.as_string(connection)}\n{continuity.begin_sql(target.slot).as_string(connection)}"
+
+
+def _is_noted(connection: Connection, slot: str) -> bool:
+    with translated("looking up what is noted of the slot"):
+        if connection.execute("SELECT to_regclass('cdc_outbox.confirmation')").fetchone() == (None,):
+            return False
+        return connection.execute("SELECT FROM cdc_outbox.confirmation WHERE slot = %s", [slot]).rowcount == 1
 
 
 def _view_steps(connection: Connection, target: Target, *, table_is_made: bool) -> list[Step]:

@@ -6,6 +6,7 @@ MalformedStream; arbitrary bytes give a value or that error, nothing else.
 Source: PostgreSQL manual, "Logical Replication Message Formats".
 """
 
+import re
 import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ INSERT_HEAD: Final = slice(MESSAGE_START, MESSAGE_START + 8)
 
 _BEGIN = struct.Struct("!25xxQq4x")
 _COMMIT = struct.Struct("!9xQ8xxxQQ8x")
+_PLAIN_NAME: Final = re.compile("[a-z_][a-z0-9_]*")
 _EPOCH_MS: Final = POSTGRES_EPOCH_SECONDS * 1000
 _LENGTH = struct.Struct("!I").unpack_from
 #: Lengths of rows for which a layout is kept: a few MB at most.
@@ -61,6 +63,13 @@ class Relation:
     def insert_head(self) -> bytes:
         """The bytes at INSERT_HEAD of every Insert into this relation."""
         return _HEAD.pack(INSERT, self.id, ord("N"), len(self.columns))
+
+    @property
+    def as_in_sql(self) -> str:
+        """The name, quoted where SQL would quote."""
+        parts = (self.namespace, self.name)
+        quoted = (part if _PLAIN_NAME.fullmatch(part) else '"' + part.replace('"', '""') + '"' for part in parts)
+        return ".".join(quoted)
 
     def __str__(self) -> str:
         return f"{self.namespace}.{self.name}"

@@ -16,7 +16,7 @@ from psycopg import sql
 
 from cdc_outbox.postgres.catalog import Table
 from cdc_outbox.postgres.connection import Connection, translated
-from cdc_outbox.postgres.event_status import Known, known_published
+from cdc_outbox.postgres.event_status import known_published
 
 #: 8 kB each: some thousands of rows in a transaction, a fraction of a second.
 _BLOCKS_AT_A_TIME: Final = 128
@@ -62,15 +62,13 @@ def prune(
         return Pruned(_delete_rows(connection, _leaves(connection, table), may_go, progress))
 
 
-def _may_go(known: list[Known], row_id: sql.Identifier) -> sql.Composed:
-    """The condition by which a row, ``event``, of a heap of which so much is known may go."""
+def _may_go(published: str, row_id: sql.Identifier) -> sql.Composed:
+    """The condition by which a row, ``event``, may go, where the rows of these transactions (a multirange) may."""
     return sql.SQL(
-        "(({settled}) AND {id} IS NOT NULL AND NOT EXISTS (SELECT FROM cdc_outbox.dead_letter AS letter"
-        " WHERE letter.event_id = {id}::text AND letter.state <> 'redriven'))"
-    ).format(
-        settled=sql.SQL(" OR ").join(note.condition(sql.SQL("event.xmin")) for note in known),
-        id=row_id,
-    )
+        "({published}::int8multirange @> cdc_outbox.full_xid(event.xmin)::text::bigint AND {id} IS NOT NULL"
+        " AND NOT EXISTS (SELECT FROM cdc_outbox.dead_letter AS letter"
+        " WHERE letter.event_id = format('%s', {id}) AND letter.state <> 'redriven'))"
+    ).format(published=published, id=row_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,12 +100,11 @@ def _delete_rows(connection: Connection, leaves: list[_Leaf], may_go: _MayGo, pr
     total_blocks = sum(leaf.blocks for leaf in leaves)
     deleted = done_blocks = 0
     for leaf in leaves:
-        statement = sql.SQL(
-            "DELETE FROM ONLY {} AS event WHERE ctid >= %s::text::tid AND ctid < %s::text::tid AND {}"
-        ).format(leaf.name, may_go[leaf.heap])
+        statement = sql.SQL("DELETE FROM ONLY {} AS event WHERE ctid >= {}::text::tid AND ctid < {}::text::tid AND {}")
         for block in range(0, leaf.blocks, _BLOCKS_AT_A_TIME):
             end = min(block + _BLOCKS_AT_A_TIME, leaf.blocks)
-            deleted += connection.execute(statement, [f"({block},0)", f"({end},0)"]).rowcount
+            some = statement.format(leaf.name, f"({block},0)", f"({end},0)", may_go[leaf.heap])
+            deleted += connection.execute(some).rowcount
             done_blocks += end - block
             progress(done_blocks, total_blocks)
     return deleted

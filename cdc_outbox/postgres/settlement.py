@@ -8,41 +8,46 @@ Source: PostgreSQL manual, "Transaction ID and Snapshot Information Functions".
 
 import time
 import uuid
-from collections import deque
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import astuple, dataclass
 from typing import Any, Final
 
 from psycopg import sql
 
+from cdc_outbox.errors import SourceUnavailable
 from cdc_outbox.postgres.catalog import server_major
 from cdc_outbox.postgres.connection import Connection, translated
 from cdc_outbox.postgres.coverage import Coverage, Covered, SentHeap, extend, sent_heaps
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.publication import SentTable
+from cdc_outbox.postgres.snapshots import COUNTED_SECONDS, Snapshot, Snapshots
 
 _TAKE_EVERY_SECONDS: Final = 1.0
-#: A session reports what it has updated at the latest ten seconds after its transaction (PGSTAT_IDLE_INTERVAL), unless
-#: it is in the next one by then. Only so long after a snapshot is PostgreSQL's count of updates sure to tell of it.
-_UPDATES_COUNTED_SECONDS: Final = 11.0
+#: How often an idle relay looks at what is sent: a partition that was made in the meantime.
+_LOOK_EVERY_SECONDS: Final = 15.0
 _THIN_EVERY_SECONDS: Final = 600.0
 
-_READ_HEAPS: Final = "(SELECT coalesce(json_agg(json_build_array(heap, fingerprint, updates)), '[]') FROM ({}) AS sent)"
-#: One statement: its snapshot is taken before the functions ask for the log's end, and for what is counted.
+_READ_HEAPS: Final = (
+    "(SELECT coalesce(json_agg(json_build_array(heap, fingerprint, updates, file)), '[]') FROM ({}) AS sent)"
+)
+#: One statement: its snapshot is taken before the functions ask for the log's end, and for what is open and counted.
 _TAKE: Final = f"""
-    SELECT snapshot::text, pg_current_wal_insert_lsn()::text, clock_timestamp(), pg_snapshot_xmin(snapshot)::text,
-           pg_snapshot_xmin(snapshot) < pg_snapshot_xmax(snapshot), {_READ_HEAPS}
+    SELECT snapshot::text, pg_snapshot_xmin(snapshot)::text::bigint, pg_snapshot_xmax(snapshot)::text::bigint,
+           pg_current_wal_insert_lsn()::text, clock_timestamp(), {_READ_HEAPS},
+           ARRAY(SELECT virtualtransaction FROM pg_locks WHERE locktype = 'virtualxid' AND pid <> pg_backend_pid())
       FROM pg_current_snapshot() AS snapshot
 """  # noqa: S608 - constants
 
 
 @dataclass(frozen=True, slots=True)
 class _Taken:
-    snapshot: str
+    """A note in the making."""
+
+    ended: Snapshot
+    counted: Snapshot | None
     lsn: LSN
     at: Any
     """By the server's clock."""
-    earlier: str | None
-    """The last snapshot from before updates could be on their way to being counted."""
 
 
 class Settlement:
@@ -57,18 +62,17 @@ class Settlement:
         self._system_identifier = system_identifier
         self._sent_heaps = sent_heaps(server_major(connection), sent.publication.name, sql.Literal(sent.table.oid))
         self._taken: _Taken | None = None
-        #: events were settled since the last snapshot
+        #: events were settled since the last look
         self._carried = True
-        #: the last snapshot may have missed something: transactions were open in it, or one that came through the log
-        #: just before (it is there a moment before a snapshot sees it as ended), or a heap was seen for the first time
-        self._look_again = False
-        #: when another snapshot is to be taken so that updates are sure to be counted; monotonic seconds
-        self._sure_at = float("inf")
-        #: the oldest transaction that was open in the last snapshot
-        self._xmin = ""
-        #: snapshots of the last seconds, oldest first, with the monotonic seconds of their taking
-        self._recent: deque[tuple[float, str]] = deque()
-        self._take_at = self._thin_at = time.monotonic()
+        #: when the last look was that followed such events, monotonic seconds. One of them may have been in progress in
+        #: its snapshot still: it is there in the log a moment before it has ended. So it takes a later one to be sure.
+        self._carried_at = float("-inf")
+        #: when the latest snapshots were taken that are noted
+        self._ended_at = self._counted_at = float("-inf")
+        self._snapshots = Snapshots()
+        #: heaps in which updates were counted lately, and when
+        self._updated_at: dict[int, float] = {}
+        self._take_at = self._thin_at = self._looked_at = time.monotonic()
         self._seen = self._read_heaps()
         self._coverage_id, self._coverage = "", Coverage()
         self._is_coverage_noted = True
@@ -84,27 +88,62 @@ class Settlement:
         False if none was taken, or it tells no more than the last one.
         """
         now = time.monotonic()
-        is_sure = now >= self._sure_at
-        if self._taken or now < self._take_at or not (self._carried or self._look_again or is_sure):
+        if self._taken or now < self._take_at or not self._is_due(now):
             return False
-        self._take_at = now + _TAKE_EVERY_SECONDS
+        self._take_at, self._looked_at = now + _TAKE_EVERY_SECONDS, now
         with translated("taking a snapshot"):
             row = self._connection.execute(sql.SQL(_TAKE).format(self._sent_heaps)).fetchone()
         assert row is not None
-        snapshot, lsn, at, xmin, some_are_open, heaps = row
-        before, self._seen = self._seen, _seen(heaps)
-        extended = extend(self._coverage, before, self._seen, snapshot)
-        self._look_again = some_are_open or self._carried or extended.keys() != self._seen.keys()
-        if extended != self._coverage:
-            self._cover(extended)
-        elif not self._carried and not is_sure and xmin == self._xmin:
+        snapshot, xmin, xmax, lsn, at, heaps, open_transactions = row
+        if self._carried:
+            self._carried, self._carried_at = False, now
+        self._snapshots.add(Snapshot(now, snapshot, xmin, xmax), frozenset(open_transactions))
+        is_extended = self._look(now, snapshot, _seen(heaps))
+        ended, counted = self._snapshots.ended, self._snapshots.counted
+        if ended is None or not (is_extended or self._tells_more(ended, counted)):
             return False
-        if self._carried and not all(covered.complete for covered in extended.values()):
-            self._sure_at = now + _UPDATES_COUNTED_SECONDS
-        elif is_sure:
-            self._sure_at = float("inf")
-        self._taken = _Taken(snapshot, LSN.parse(lsn), at, self._earlier(now, snapshot))
-        self._carried, self._xmin = False, xmin
+        self._taken = _Taken(ended, counted, LSN.parse(lsn), at)
+        self._ended_at, self._counted_at = ended.at, counted.at if counted else self._counted_at
+        return True
+
+    def _is_due(self, now: float) -> bool:
+        return (
+            self._carried
+            or self._ended_at <= self._carried_at
+            or (self._updates_matter and self._counted_at <= self._carried_at <= now - COUNTED_SECONDS)
+            or any(heap not in self._coverage and not self._is_restless(heap, now) for heap in self._seen)
+            or now - self._looked_at >= _LOOK_EVERY_SECONDS
+        )
+
+    @property
+    def _updates_matter(self) -> bool:
+        return any(not covered.complete for covered in self._coverage.values())
+
+    def _is_restless(self, heap: int, now: float) -> bool:
+        return now - self._updated_at.get(heap, float("-inf")) < COUNTED_SECONDS
+
+    def _tells_more(self, ended: Snapshot, counted: Snapshot | None) -> bool:
+        """Than the last note, of events that it did not cover."""
+        if self._ended_at <= self._carried_at and ended.at > self._ended_at:
+            return True
+        return (
+            counted is not None
+            and self._updates_matter
+            and self._counted_at <= self._carried_at
+            and counted.at > self._counted_at
+        )
+
+    def _look(self, now: float, snapshot: str, seen: dict[int, SentHeap]) -> bool:
+        """Whether what is covered has changed."""
+        for heap, sight in seen.items():
+            if heap in self._seen and self._seen[heap].updates != sight.updates:
+                self._updated_at[heap] = now
+        restless = {heap for heap in seen if self._is_restless(heap, now)}
+        extended = extend(self._coverage, self._seen, seen, snapshot, restless)
+        self._seen = seen
+        if extended == self._coverage:
+            return False
+        self._cover(extended)
         return True
 
     def settled(self, lsn: LSN) -> None:
@@ -115,7 +154,8 @@ class Settlement:
         self._taken = None
         if time.monotonic() >= self._thin_at:
             self._thin_at = time.monotonic() + _THIN_EVERY_SECONDS
-            self._thin()
+            with suppress(SourceUnavailable):  # too many at once for the time it may take: another time
+                self._thin()
 
     def _read_heaps(self) -> dict[int, SentHeap]:
         with translated("reading what the publication sends"):
@@ -133,7 +173,8 @@ class Settlement:
         with translated("reading cdc_outbox.settled"):
             rows = self._connection.execute(
                 """
-                SELECT last.id, goes_on, last.coverage::text, heap::int8, since::text, complete, fingerprint, updates
+                SELECT last.id, goes_on, last.coverage::text,
+                       heap::int8, since::text, complete, fingerprint, updates, file::int8
                   FROM (SELECT id, coverage, lsn = %(confirmed)s::pg_lsn
                                OR EXISTS (SELECT FROM cdc_outbox.confirmation WHERE slot = %(slot)s) AS goes_on
                           FROM cdc_outbox.settled
@@ -148,8 +189,8 @@ class Settlement:
             return
         last, slot_goes_on, coverage_id, *_ = rows[0]
         noted = {
-            heap: Covered(since, complete, SentHeap(fingerprint, updates))
-            for *_, heap, since, complete, fingerprint, updates in rows
+            heap: Covered(since, complete, SentHeap(*sight))
+            for _, _, _, heap, since, complete, *sight in rows
             if heap is not None
         }
         unbroken = {
@@ -175,13 +216,6 @@ class Settlement:
         self._coverage_id, self._coverage = str(uuid.uuid4()), coverage
         self._is_coverage_noted = False
 
-    def _earlier(self, now: float, snapshot: str) -> str | None:
-        self._recent.append((now, snapshot))
-        while len(self._recent) > 1 and self._recent[1][0] <= now - _UPDATES_COUNTED_SECONDS:
-            self._recent.popleft()
-        at, oldest = self._recent[0]
-        return oldest if at <= now - _UPDATES_COUNTED_SECONDS else None
-
     def _note(self, taken: _Taken) -> None:
         with translated("noting what is settled in cdc_outbox.settled"), self._connection.transaction():
             if not self._is_coverage_noted:
@@ -192,8 +226,8 @@ class Settlement:
                 [
                     self._slot,
                     self._system_identifier,
-                    taken.snapshot,
-                    taken.earlier,
+                    taken.ended.text,
+                    taken.counted and taken.counted.text,
                     str(taken.lsn),
                     self._coverage_id,
                     taken.at,
@@ -204,10 +238,10 @@ class Settlement:
     def _note_coverage(self) -> None:
         with self._connection.cursor() as cursor:
             cursor.executemany(
-                "INSERT INTO cdc_outbox.coverage (id, heap, since, complete, fingerprint, updates)"
-                " VALUES (%s, %s, %s::pg_snapshot, %s, %s, %s)",
+                "INSERT INTO cdc_outbox.coverage (id, heap, since, complete, fingerprint, updates, file)"
+                " VALUES (%s, %s, %s::pg_snapshot, %s, %s, %s, %s)",
                 [
-                    (self._coverage_id, heap, each.since, each.complete, each.heap.fingerprint, each.heap.updates)
+                    (self._coverage_id, heap, each.since, each.complete, *astuple(each.heap))
                     for heap, each in self._coverage.items()
                 ],
             )
@@ -253,8 +287,8 @@ def begin_sql(
     """
     is_empty = sql.SQL("NOT EXISTS (SELECT FROM {})").format(outbox) if may_read else sql.SQL("false")
     return sql.SQL(
-        """INSERT INTO cdc_outbox.coverage (id, heap, since, complete, fingerprint, updates)
-SELECT {coverage}, heap, pg_current_snapshot(), false, fingerprint, updates FROM ({heaps}) AS sent;
+        """INSERT INTO cdc_outbox.coverage (id, heap, since, complete, fingerprint, updates, file)
+SELECT {coverage}, heap, pg_current_snapshot(), false, fingerprint, updates, file FROM ({heaps}) AS sent;
 INSERT INTO cdc_outbox.settled (slot, system_identifier, snapshot, lsn, coverage, taken_at)
 SELECT slot_name, system_identifier::text, pg_current_snapshot(), confirmed_flush_lsn, {coverage}, clock_timestamp()
   FROM pg_replication_slots, pg_control_system() WHERE slot_name = {slot};
@@ -268,4 +302,4 @@ UPDATE cdc_outbox.coverage SET since = pg_current_snapshot(), complete = {is_emp
 
 
 def _seen(heaps: list[list[Any]]) -> dict[int, SentHeap]:
-    return {heap: SentHeap(fingerprint, updates) for heap, fingerprint, updates in heaps}
+    return {heap: SentHeap(*sight) for heap, *sight in heaps}

@@ -26,10 +26,11 @@ from cdc_outbox.postgres.server import Server
 from cdc_outbox.postgres.slots import check_slot_name, slot_anew_hint
 
 #: Text output must not depend on the server's settings (PostgreSQL's own apply worker does the same). The timeout
-#: bounds how long a frozen relay keeps a standby waiting.
+#: bounds how long a frozen relay keeps a standby waiting. A warning is all that PostgreSQL 18 says of a publication
+#: that it does not find.
 _SESSION: Final = b"""
 SET datestyle = 'ISO'; SET intervalstyle = 'postgres'; SET extra_float_digits = 3; SET timezone = 'UTC';
-SET bytea_output = 'hex'; SET wal_sender_timeout = '10s'
+SET bytea_output = 'hex'; SET wal_sender_timeout = '10s'; SET client_min_messages = 'warning'
 """
 
 _NOT_IN_PREREQUISITE_STATE: Final = "55000"

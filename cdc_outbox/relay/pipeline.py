@@ -252,7 +252,13 @@ class Pipeline:
         if self._plans[head] is None and (refusal := self._strays.refusal(relation)):
             self._refusals[head] = refusal
         if (relation.namespace, relation.name) == REDRIVE_REQUESTS:
-            self._read_request[head] = pgoutput.compile_insert_reader(relation, _REQUEST_COLUMNS)
+            try:
+                self._read_request[head] = pgoutput.compile_insert_reader(relation, _REQUEST_COLUMNS)
+            except ValueError:
+                self._refusals[head] = OperatorNeeded(
+                    f"a request in {relation} comes without one of its columns",
+                    hint="let the publication have the table without a column list",
+                )
 
     def _insert_of_no_event(self, frame: bytes) -> None:
         head = frame[pgoutput.INSERT_HEAD]

@@ -191,8 +191,8 @@ class Strays:
             return None
         return OperatorNeeded(
             f"a row of table {relation} has come, which is in the publication and not outbox.table",
-            hint=f'if it holds no events: outbox.ignore_tables = ["{relation}"]; if it does, give it a relay, a '
-            "publication and a slot of its own",
+            hint=f"if it holds no events: outbox.ignore_tables = ['{relation.as_in_sql}']; if it does, it wants a "
+            "relay, a publication and a slot of its own",
         )
 
 

@@ -135,7 +135,7 @@ class RelayState:
         """Of its own rows only: what else the requester wrote may not be visible yet."""
         if request.slot != self._slot or dead_letters.has_outcome(self._connection, request.id):
             return None  # another relay's, or carried out before a crash
-        letter = dead_letters.get(self._connection, request.dead_letter_id)
+        letter = dead_letters.to_redrive(self._connection, request.dead_letter_id)
         state = letter["state"] if letter else "unknown"
         if letter is None or state in ("redriven", "discarded") or request.dead_letter_id in self._in_flight:
             self._log.warning("redrive_passed_over", dead_letter=request.dead_letter_id, state=state)

@@ -203,6 +203,20 @@ def test_a_redrive_waits_for_the_relay(poisoned: World, start_relay: StartRelay)
     assert ids_of(world, aggregate_type, 1) == [event_id]
 
 
+def test_a_redrive_by_a_relay_that_has_no_more_rights_than_it_needs(poisoned: World, start_relay: StartRelay) -> None:
+    world = poisoned
+    event_id = world.insert(small(world), payload=too_large())
+    world.db.execute("ALTER ROLE cdc_outbox_relay PASSWORD 'pw'")
+    dsn = psycopg.conninfo.make_conninfo(world.dsn, user="cdc_outbox_relay", password="pw")
+    start_relay(CDC_OUTBOX_POSTGRES__DSN=dsn)
+    world.wait_until_confirmed()
+    aggregate_type = world.create_topic()
+    redrive(world, 1)
+    redrive(world, 1, "--topic", f"outbox.{aggregate_type}")
+    assert set(ids_of(world, aggregate_type, 1)) == {event_id}
+    assert dead_letters(world) == []
+
+
 def test_a_redrive_is_carried_out_by_the_relay_of_its_slot(poisoned: World, start_relay: StartRelay) -> None:
     """Two relays side by side, both of which hear of the request."""
     world = poisoned

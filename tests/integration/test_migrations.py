@@ -16,6 +16,7 @@ from cdc_outbox.postgres.publication import check_publication, wasteful
 from cdc_outbox.postgres.server import check_same_server
 from cdc_outbox.postgres.slots import FAILOVER_SINCE, check_slot, find_slot
 from cdc_outbox.postgres.stream import ReplicationStream
+from support.waiting import wait_until
 from support.world import World
 
 FILES = len(migrations.load_migrations())
@@ -283,3 +284,37 @@ def test_every_file_says_why() -> None:
     assert [migration.name[:4] for migration in files] == [f"{number:04}" for number in range(1, len(files) + 1)]
     assert all("-- Why: " in migration.text for migration in files)
     assert [path.name for path in sorted((Path(__file__).parents[2] / "sql").iterdir())] == [m.name for m in files]
+
+
+def test_a_slot_that_nobody_has_noted_is_noted(every_world: World) -> None:
+    """Made by hand, or by an `up` that was cut off after it."""
+    world = every_world
+    up(world)
+    world.db.execute(
+        "DELETE FROM cdc_outbox.settled; DELETE FROM cdc_outbox.coverage; DELETE FROM cdc_outbox.confirmation"
+    )
+    assert up(world) == [f"note where slot {world.slot} stands"]
+    assert up(world) == []
+    assert world.db.execute("SELECT complete FROM cdc_outbox.coverage").fetchall() == [(True,)]
+
+
+def test_the_begin_is_noted_whatever_isolation_the_database_prefers(every_world: World) -> None:
+    world = every_world
+    world.db.execute(f"ALTER DATABASE {world.name} SET default_transaction_isolation = 'serializable'".encode())
+    world.db.execute(
+        "CREATE TABLE outbox (id uuid, aggregate_id text, event_type text, payload json, aggregate_type text)"
+    )
+    steps: list[list[str]] = []
+    with psycopg.connect(world.dsn) as open_transaction:
+        open_transaction.execute("SET transaction_isolation = 'read committed'")
+        open_transaction.execute("INSERT INTO outbox VALUES (gen_random_uuid(), 'before the slot', 't')")
+        thread = threading.Thread(target=lambda: steps.append(up(world)))
+        thread.start()
+        waiting = "SELECT FROM pg_stat_activity WHERE datname = %s AND wait_event_type = 'Lock'"
+        wait_until(
+            lambda: world.db.execute(waiting, [world.name]).rowcount, "the slot waits for it", timeout_seconds=60
+        )
+        open_transaction.commit()
+        thread.join()
+    assert steps
+    assert world.db.execute("SELECT complete FROM cdc_outbox.coverage").fetchall() == [(False,)]

@@ -29,10 +29,16 @@ NOW = timedelta(0)
 COLUMNS = "(id text, aggregate_type text, aggregate_id text, event_type text, payload text, created_at timestamptz)"
 
 
+def let_updates_count_after(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    for name in ("settlement.COUNTED_SECONDS", "snapshots.COUNTED_SECONDS"):
+        monkeypatch.setattr(f"cdc_outbox.postgres.{name}", seconds)
+    monkeypatch.setattr("cdc_outbox.postgres.snapshots._REPORTED_SECONDS", min(seconds, 1))
+
+
 @pytest.fixture(autouse=True)
 def updates_are_counted_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """But where a test is about how long that takes."""
-    monkeypatch.setattr("cdc_outbox.postgres.settlement._UPDATES_COUNTED_SECONDS", 0)
+    let_updates_count_after(monkeypatch, 0)
 
 
 @pytest.fixture
@@ -77,7 +83,7 @@ def end_of_log(world: World) -> LSN:
 def take(session: Settlement) -> None:
     session._take_at = 0  # a second is over
     session.carried()
-    assert session.take_if_due()
+    session.take_if_due()  # False while something is open that was open in all snapshots so far
 
 
 def settle(session: Settlement, world: World) -> None:
@@ -603,7 +609,7 @@ def test_an_update_that_is_counted_late_makes_nothing_published(
     """A session that has just told of its doings keeps the next ones to itself for up to ten seconds."""
     world = every_world
     session = with_history(world)
-    monkeypatch.setattr("cdc_outbox.postgres.settlement._UPDATES_COUNTED_SECONDS", 11)
+    let_updates_count_after(monkeypatch, 11)
     before = counted_updates(world)
 
     def look() -> None:
@@ -634,7 +640,7 @@ def test_what_a_heap_with_a_history_has_is_told_when_updates_are_counted(
 ) -> None:
     world = every_world
     session = with_history(world)
-    monkeypatch.setattr("cdc_outbox.postgres.settlement._UPDATES_COUNTED_SECONDS", 1)
+    let_updates_count_after(monkeypatch, 1)
     insert(world.db, "sent")
     settle(session, world)
     assert published(world) == set()
@@ -699,3 +705,88 @@ def test_two_outboxes_are_in_one_view(every_world: World) -> None:
         assert migrations.plan(connection, target, failover=False) == []
         rows = connection.execute("SELECT outbox_id, slot, state FROM cdc_outbox.event_status ORDER BY 2").fetchall()
     assert rows == [("one", world.slot, "published"), ("7", slot, "pending")]
+
+
+def test_rows_that_were_moved_into_another_file_are_not_known_by_the_old_one(every_world: World) -> None:
+    """As pg_repack does: a copy, committed long before it takes the table's place."""
+    world = every_world
+    session = with_history(world)
+    insert(world.db, "sent")
+    settle(session, world)
+    assert published(world) == {"sent"}
+    world.db.execute("CREATE TABLE copied (LIKE outbox)")
+    world.db.execute("INSERT INTO copied SELECT * FROM outbox")
+    settle(session, world)
+    for table in ("outbox", "copied"):
+        world.db.execute(f"VACUUM {table}".encode())
+    swap = """
+        UPDATE pg_class SET relfilenode = (SELECT relfilenode FROM pg_class AS c WHERE c.oid = other.oid)
+          FROM pg_class AS other
+         WHERE (pg_class.relname, other.relname) IN (('outbox', 'copied'), ('copied', 'outbox'))
+    """
+    world.db.execute(swap.encode())
+    settle(session, world)
+    settle(session, world)
+    assert published(world) == set()
+    prune(world)
+    assert left(world) == {"never sent", "sent"}
+
+
+def test_a_row_without_an_id_is_unknown(every_world: World) -> None:
+    """Whether it has become a dead letter nobody could tell."""
+    world = every_world
+    make_outbox(world)
+    world.migrate()
+    session = settlement(world)
+    world.db.execute("INSERT INTO outbox (aggregate_id) VALUES ('a')")
+    settle(session, world)
+    assert world.db.execute("SELECT state FROM cdc_outbox.event_status").fetchall() == [("unknown",)]
+    assert prune(world).rows == 0
+
+
+def test_a_dead_letter_of_a_padded_id_keeps_its_row(every_world: World) -> None:
+    world = every_world
+    world.db.execute(f"CREATE TABLE outbox {COLUMNS.replace('id text', 'id char(8)', 1)}".encode())
+    world.migrate()
+    session = settlement(world)
+    world.db.execute("INSERT INTO outbox (id, aggregate_id) VALUES ('dead', 'a')")
+    world.db.execute(
+        "INSERT INTO cdc_outbox.dead_letter (system_identifier, slot, commit_lsn, ordinal, committed_at, event_id,"
+        " reason, detail) VALUES ('s', %s, '0/1', 0, now(), 'dead    ', 'too_large', '')",
+        [world.slot],
+    )
+    settle(session, world)
+    assert world.db.execute("SELECT state FROM cdc_outbox.event_status").fetchall() == [("dead",)]
+    assert prune(world).rows == 0
+
+
+def test_a_partition_that_was_made_while_nothing_happened(every_world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = every_world
+    make_outbox(world, "PARTITION BY RANGE (created_at)")
+    world.migrate(publication="parted")
+    session = settlement(world)
+    settle(session, world)
+    monkeypatch.setattr("cdc_outbox.postgres.settlement._LOOK_EVERY_SECONDS", 0)
+    world.db.execute("CREATE TABLE outbox_new PARTITION OF outbox DEFAULT")
+    for _ in range(2):
+        session._take_at = 0
+        session.take_if_due()
+        session.settled(end_of_log(world))
+    insert(world.db, "first")
+    settle(session, world)
+    assert published(world) == {"first"}
+
+
+def test_a_reset_of_the_counts_is_no_proof(every_world: World) -> None:
+    world = every_world
+    session = with_history(world)
+    insert(world.db, "sent")
+    settle(session, world)
+    world.db.execute("UPDATE outbox SET payload = 'x' WHERE id = 'never sent'")
+    wait_until(lambda: counted_updates(world) > 0, "it is counted")
+    world.db.execute("SELECT pg_stat_reset()")
+    wait_until(lambda: counted_updates(world) == 0, "it is reset")
+    session = settlement(world)
+    settle(session, world)
+    settle(session, world)
+    assert "never sent" in unknown(world)

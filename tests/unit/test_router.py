@@ -237,6 +237,13 @@ def test_a_row_that_nobody_routes_passes_only_where_its_table_is_not_listed_by_i
     assert refusal is None or "public.outbox" in refusal.message
 
 
+def test_a_table_is_named_so_that_the_name_can_be_used() -> None:
+    stray = Relation(7, "App", 'Odd "name"', (Column("a", 23),))
+    refusal = Strays(None).refusal(stray)
+    assert refusal
+    assert """outbox.ignore_tables = ['"App"."Odd ""name\"""']""" in refusal.hint
+
+
 @pytest.mark.parametrize("style", ["plain", "debezium", "cloudevents"])
 def test_a_description_has_the_headers_that_its_record_would_have(style: HeaderStyle) -> None:
     router = Router(Outbox("public", "outbox", FIELDS), TopicTemplate("events"), style, "/source", lambda _: None)
