@@ -10,7 +10,7 @@
 --
 -- Known is what cannot be otherwise, nothing more:
 --   * A snapshot does not list subtransactions in progress. So only transactions older than the oldest one in progress
---     count: a transaction that writes for an hour keeps what came after its start unknown for that hour.
+--     count: a transaction that writes for an hour keeps what came after its start pending for that hour.
 --   * An update gives a row another transaction. Where a heap may hold rows that were never sent (it was not empty when
 --     `since` began), an update could pass one of them for published. There, PostgreSQL's count of updates belongs to
 --     the fingerprint, and `earlier` counts instead of `snapshot`: a session may report what it has updated ten seconds
@@ -45,7 +45,7 @@ CREATE INDEX IF NOT EXISTS settled_coverage ON cdc_outbox.settled (coverage);
 COMMENT ON TABLE cdc_outbox.settled IS
     'Notes of the relay: every transaction that had ended in snapshot is settled, as far as coverage goes';
 COMMENT ON COLUMN cdc_outbox.settled.earlier IS 'A snapshot taken a while before, for heaps in which updates count';
-COMMENT ON COLUMN cdc_outbox.settled.lsn IS 'The end of the log just after the snapshot was taken; confirmed by now';
+COMMENT ON COLUMN cdc_outbox.settled.lsn IS 'The end of the log just after the catalogue was looked at; settled by now';
 
 CREATE TABLE IF NOT EXISTS cdc_outbox.coverage (
     id          uuid,
@@ -97,10 +97,10 @@ BEGIN
     SELECT string_agg(format($view$
         SELECT event.%2$I%6$s AS outbox_id, event.%3$I%6$s AS aggregate_id, event.%4$I%6$s AS event_type,
                stands.state = 'published' AS published,
-               coalesce(letter.attempts + (letter.state = 'redriven')::int, (stands.state = 'published')::int)
-                   AS publish_attempts,
-               CASE WHEN letter.state IS NULL THEN coalesce(by_first.settled_at, by_later.settled_at)
-                    WHEN letter.state = 'redriven' THEN letter.state_changed_at END AS processed_at,
+               coalesce(letter.attempts, 0) + (stands.state = 'published')::int AS publish_attempts,
+               CASE WHEN stands.state = 'published'
+                    THEN greatest(coalesce(by_first.settled_at, by_later.settled_at), letter.state_changed_at) END
+                   AS processed_at,
                %5$L AS slot, stands.state
           FROM %1$s AS event
           -- the first note in which the row's transaction had ended; where updates count, the first that was sure of it
@@ -132,9 +132,8 @@ BEGIN
                               ORDER BY id DESC LIMIT 1) AS letter
             ON true
          CROSS JOIN LATERAL (
-               SELECT CASE WHEN letter.state = 'redriven' THEN 'published'
-                           WHEN letter.state = 'discarded' THEN 'discarded'
-                           WHEN letter.state IS NOT NULL THEN 'dead'
+               SELECT CASE WHEN letter.state = 'discarded' THEN 'discarded'
+                           WHEN letter.state = 'open' THEN 'dead'
                            WHEN event.%2$I IS NULL THEN 'unknown'  -- it may be a dead letter: who could tell?
                            WHEN by_first.settled_at IS NOT NULL OR by_later.settled_at IS NOT NULL THEN 'published'
                            WHEN latest.since IS NOT NULL THEN 'pending'

@@ -134,7 +134,7 @@ def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step
         steps.append(Step(f"create slot {target.slot} (waits for open transactions to end)", f"{script}\n{begin}"))
     elif slot.active_pid is None and not _is_noted(connection, target.slot):
         # made by hand, or by an `up` that was cut off: what comes from now on is known to come through it
-        begin = _begin_script(connection, target, table_is_made=_TABLE_FILE in made)
+        begin = _begin_script(connection, target, table_is_made=_TABLE_FILE in made, has_waited=False)
         steps.append(Step(f"note where slot {target.slot} stands", begin))
     return steps + _view_steps(connection, target, table_is_made=_TABLE_FILE in made)
 
@@ -186,11 +186,13 @@ def _heard_tables_listed(connection: Connection, publication: str) -> set[str] |
     return set(_HEARD_TABLES) if for_all_tables else set(listed)
 
 
-def _begin_script(connection: Connection, target: Target, *, table_is_made: bool) -> str:
-    """What is noted of a slot at once."""
+def _begin_script(connection: Connection, target: Target, *, table_is_made: bool, has_waited: bool = True) -> str:
+    """What is noted of a slot at once. ``has_waited``: for the transactions that were open, as its making does; else an
+    outbox that seems to be empty may not be.
+    """
     outbox = _outbox_identifier(connection, target, [], table_is_made=table_is_made)
-    may_read = True
-    if not table_is_made:
+    may_read = has_waited
+    if has_waited and not table_is_made:
         with translated(f"looking up rights to {target.table}"):
             # row security may hide rows: then it cannot be told whether there are any
             row = connection.execute(

@@ -2,7 +2,7 @@
 
 It takes a snapshot now and then, where the log ends just after it, and what the publication sends. When that LSN is
 reached by what is settled, all of it is noted in cdc_outbox.settled (sql/0007_settled.sql says what follows from a
-note, and what does not). The slot's own confirmed position is never asked: anybody can move that by hand.
+note, and what does not). The slot's own confirmed position says nothing of that: anybody can move it by hand.
 Source: PostgreSQL manual, "Transaction ID and Snapshot Information Functions".
 """
 
@@ -34,7 +34,8 @@ _READ_HEAPS: Final = (
 _TAKE: Final = f"""
     SELECT snapshot::text, pg_snapshot_xmin(snapshot)::text::bigint, pg_snapshot_xmax(snapshot)::text::bigint,
            pg_current_wal_insert_lsn()::text, clock_timestamp(), {_READ_HEAPS},
-           ARRAY(SELECT virtualtransaction FROM pg_locks WHERE locktype = 'virtualxid' AND pid <> pg_backend_pid())
+           ARRAY(SELECT split_part(virtualtransaction, '/', 1) FROM pg_locks
+                  WHERE locktype = 'virtualxid' AND pid <> pg_backend_pid())
       FROM pg_current_snapshot() AS snapshot
 """  # noqa: S608 - constants
 
@@ -64,11 +65,10 @@ class Settlement:
         self._taken: _Taken | None = None
         #: events were settled since the last look
         self._carried = True
-        #: when the last look was that followed such events, monotonic seconds. One of them may have been in progress in
-        #: its snapshot still: it is there in the log a moment before it has ended. So it takes a later one to be sure.
-        self._carried_at = float("-inf")
-        #: when the latest snapshots were taken that are noted
-        self._ended_at = self._counted_at = float("-inf")
+        #: all transactions that they came from are below; and when that was, monotonic seconds
+        self._carried_below, self._carried_at = 0, 0.0
+        #: all transactions below are noted as ended; as counted
+        self._ended_below = self._counted_below = 0
         self._snapshots = Snapshots()
         #: heaps in which updates were counted lately, and when
         self._updated_at: dict[int, float] = {}
@@ -94,23 +94,25 @@ class Settlement:
         with translated("taking a snapshot"):
             row = self._connection.execute(sql.SQL(_TAKE).format(self._sent_heaps)).fetchone()
         assert row is not None
-        snapshot, xmin, xmax, lsn, at, heaps, open_transactions = row
-        if self._carried:
-            self._carried, self._carried_at = False, now
-        self._snapshots.add(Snapshot(now, snapshot, xmin, xmax), frozenset(open_transactions))
+        snapshot, xmin, xmax, lsn, at, heaps, in_transaction = row
+        has_carried, self._carried = self._carried, False
+        if has_carried:
+            self._carried_below, self._carried_at = xmax, now
+        self._snapshots.add(Snapshot(now, snapshot, xmin, xmax), frozenset(in_transaction))
         is_extended = self._look(now, snapshot, _seen(heaps))
         ended, counted = self._snapshots.ended, self._snapshots.counted
-        if ended is None or not (is_extended or self._tells_more(ended, counted)):
+        if ended is None or not (has_carried or is_extended or self._tells_more(ended, counted)):
             return False
         self._taken = _Taken(ended, counted, LSN.parse(lsn), at)
-        self._ended_at, self._counted_at = ended.at, counted.at if counted else self._counted_at
+        self._ended_below, self._counted_below = ended.xmin, counted.xmin if counted else 0
         return True
 
     def _is_due(self, now: float) -> bool:
+        is_counted_by_now = now >= self._carried_at + COUNTED_SECONDS
         return (
             self._carried
-            or self._ended_at <= self._carried_at
-            or (self._updates_matter and self._counted_at <= self._carried_at <= now - COUNTED_SECONDS)
+            or self._ended_below < self._carried_below
+            or (self._updates_matter and is_counted_by_now and self._counted_below < self._carried_below)
             or any(heap not in self._coverage and not self._is_restless(heap, now) for heap in self._seen)
             or now - self._looked_at >= _LOOK_EVERY_SECONDS
         )
@@ -124,14 +126,11 @@ class Settlement:
 
     def _tells_more(self, ended: Snapshot, counted: Snapshot | None) -> bool:
         """Than the last note, of events that it did not cover."""
-        if self._ended_at <= self._carried_at and ended.at > self._ended_at:
+        if self._ended_below < self._carried_below and ended.xmin > self._ended_below:
             return True
-        return (
-            counted is not None
-            and self._updates_matter
-            and self._counted_at <= self._carried_at
-            and counted.at > self._counted_at
-        )
+        if counted is None or not self._updates_matter:
+            return False
+        return self._counted_below < self._carried_below and counted.xmin > self._counted_below
 
     def _look(self, now: float, snapshot: str, seen: dict[int, SentHeap]) -> bool:
         """Whether what is covered has changed."""
@@ -255,19 +254,20 @@ class Settlement:
             self._connection.execute(
                 """
                 DELETE FROM cdc_outbox.settled
-                 USING (SELECT id, row_number() OVER (
-                                 PARTITION BY system_identifier, coverage,
-                                     date_trunc(CASE WHEN settled_at < now() - interval '1 day'
-                                                     THEN 'hour' ELSE 'minute' END, settled_at)
-                                     ORDER BY pg_snapshot_xmin(snapshot) DESC, id DESC) AS nth,
+                 USING (SELECT id, row_number() OVER (bucket ORDER BY pg_snapshot_xmin(snapshot) DESC, id DESC) AS nth,
+                               row_number() OVER (bucket ORDER BY pg_snapshot_xmin(earlier) DESC NULLS LAST, id DESC)
+                                   AS nth_earlier,
                                EXISTS (SELECT FROM cdc_outbox.coverage AS covered
                                         WHERE covered.id = note.coverage
                                           AND (complete OR pg_snapshot_xmin(earlier) > pg_snapshot_xmax(since))) AS says
                           FROM cdc_outbox.settled AS note
                          WHERE slot = %(slot)s AND settled_at < now() - interval '1 hour'
                            AND id <> (SELECT id FROM cdc_outbox.settled WHERE slot = %(slot)s
-                                       ORDER BY pg_snapshot_xmax(snapshot) DESC, id DESC LIMIT 1)) AS old
-                 WHERE settled.id = old.id AND (nth > 1 OR NOT says)
+                                       ORDER BY pg_snapshot_xmax(snapshot) DESC, id DESC LIMIT 1)
+                        WINDOW bucket AS (PARTITION BY system_identifier, coverage,
+                                              date_trunc(CASE WHEN settled_at < now() - interval '1 day'
+                                                              THEN 'hour' ELSE 'minute' END, settled_at))) AS old
+                 WHERE settled.id = old.id AND ((nth > 1 AND nth_earlier > 1) OR NOT says)
                 """,
                 {"slot": self._slot},
             )

@@ -29,9 +29,9 @@ class Snapshot:
     xmin: int
     #: none from here on had begun
     xmax: int
-    #: transactions that were open when others had reported, and still are; None before that
+    #: sessions that were in a transaction when others had reported, and were so ever since; None before that
     reporting: frozenset[str] | None = None
-    #: when the last of them was seen to be gone
+    #: when the last of them was seen outside of one
     reported_at: float = float("inf")
 
 
@@ -43,19 +43,27 @@ class Snapshots:
         self.counted: Snapshot | None = None
         """The latest of which all is counted."""
 
-    def add(self, taken: Snapshot, open_transactions: frozenset[str]) -> None:
-        """``open_transactions``: the virtual transaction ids of all sessions but ours, when it was taken or after."""
-        self._kept.append(taken)
-        for kept in self._kept:
-            if kept.at + COUNTED_SECONDS <= taken.at:
-                kept.reporting = open_transactions & (open_transactions if kept.reporting is None else kept.reporting)
-                if not kept.reporting:
-                    kept.reported_at = min(kept.reported_at, taken.at)
-        ended = [kept for kept in self._kept if kept.xmax <= taken.xmin]
-        counted = [kept for kept in ended if kept.reported_at + _REPORTED_SECONDS <= taken.at]
-        self.ended = ended[-1] if ended else None
-        self.counted = counted[-1] if counted else None
+    def add(self, taken: Snapshot, in_transaction: frozenset[str]) -> None:
+        """``in_transaction``: the sessions but ours that are in one, as their virtual transaction ids name them.
+
+        Not the transactions: a procedure may commit again and again and report at its end only.
+        """
+        kept = self._kept
+        # While something is open for long a snapshot every now and then will do: a hundredth of the time it has lasted.
+        if not kept or (taken.at - kept[-1].at) * _MOST_KEPT >= taken.at - kept[0].at:
+            kept.append(taken)
+        for snapshot in kept:
+            if snapshot.at + COUNTED_SECONDS <= taken.at:
+                before = in_transaction if snapshot.reporting is None else snapshot.reporting
+                snapshot.reporting = in_transaction & before
+                if not snapshot.reporting:
+                    snapshot.reported_at = min(snapshot.reported_at, taken.at)
+        ended = [snapshot for snapshot in (*kept, taken) if snapshot.xmax <= taken.xmin]
+        counted = [snapshot for snapshot in ended if snapshot.reported_at + _REPORTED_SECONDS <= taken.at]
+        self.ended, self.counted = _later(self.ended, ended), _later(self.counted, counted)
         if self.counted:
-            self._kept = self._kept[self._kept.index(self.counted) :]
-        if len(self._kept) > _MOST_KEPT:  # something has been open for long: any of them will do once it has ended
-            del self._kept[1:-1:2]
+            self._kept = [snapshot for snapshot in kept if snapshot.at >= self.counted.at]
+
+
+def _later(known: Snapshot | None, found: list[Snapshot]) -> Snapshot | None:
+    return max([*([known] if known else []), *found], key=lambda snapshot: snapshot.at, default=None)
