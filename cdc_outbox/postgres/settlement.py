@@ -35,7 +35,8 @@ _TAKE: Final = f"""
     SELECT snapshot::text, pg_snapshot_xmin(snapshot)::text::bigint, pg_snapshot_xmax(snapshot)::text::bigint,
            pg_current_wal_insert_lsn()::text, clock_timestamp(), {_READ_HEAPS},
            ARRAY(SELECT split_part(virtualtransaction, '/', 1) FROM pg_locks
-                  WHERE locktype = 'virtualxid' AND pid <> pg_backend_pid())
+                  WHERE locktype = 'virtualxid' AND pid <> pg_backend_pid()
+                    AND pid NOT IN (SELECT active_pid FROM pg_replication_slots WHERE active_pid IS NOT NULL))
       FROM pg_current_snapshot() AS snapshot
 """  # noqa: S608 - constants
 

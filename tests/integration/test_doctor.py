@@ -229,6 +229,13 @@ def test_the_publication(world: World) -> None:
     said(doctor(world), "failed", "publication 'cdc_outbox' does not exist")
 
 
+def test_rows_of_which_it_cannot_be_told(world: World) -> None:
+    world.migrate()
+    assert not [finding for finding in doctor(world) if finding.check == "updates"]
+    world.db.execute("DELETE FROM cdc_outbox.coverage")
+    said(doctor(world), "warning", "of rows of outbox it cannot always be told", "do not update public.outbox")
+
+
 def test_a_partitioned_outbox_without_its_root(world: World) -> None:
     world.db.execute(
         "CREATE TABLE events (id uuid, aggregate_type text, aggregate_id text, event_type text, payload json)"
