@@ -13,7 +13,7 @@ from typing import Final, Protocol
 import orjson
 
 from cdc_outbox.config import OnPoison
-from cdc_outbox.errors import PoisonEvent
+from cdc_outbox.errors import PoisonEvent, ServerStopping
 from cdc_outbox.postgres import dead_letters
 from cdc_outbox.postgres.connection import Connection
 from cdc_outbox.postgres.continuity import HEADROOM_BYTES, Continuity
@@ -82,6 +82,7 @@ class RelayState:
         self._noted_at = time.monotonic()
         #: events were confirmed since
         self._unnoted = False
+        self._is_server_stopping = False
         #: dead letters that are published again and not acknowledged yet
         self._in_flight: set[int] = set()
         settled: defaultdict[int, set[int]] = defaultdict(set)
@@ -165,19 +166,30 @@ class RelayState:
         """
         if not lsn:  # nothing was settled yet: the server takes no notice of it
             return
-        self._settlement.settled(lsn)
         if carried:
             self._unnoted = True
             self._settlement.carried()
+        if last:
+            self._settlement.settled(lsn)
+            self._continuity.note(self._connection, lsn, limit=lsn)
+        elif lsn > self._continuity.limit:
+            self._note_what_is_due(lsn, is_needed=True)
+        elif not self._is_server_stopping:
+            try:
+                self._note_what_is_due(lsn, is_needed=False)
+            except ServerStopping:
+                # It has ended this session, and waits with the stream's end for what we confirm: that is noted for.
+                self._is_server_stopping = True
+        self._continuity.confirmed(lsn)
+
+    def _note_what_is_due(self, lsn: LSN, *, is_needed: bool) -> None:
+        self._settlement.settled(lsn)
         now = time.monotonic()
         is_old = self._unnoted and now - self._noted_at >= _NOTE_EVERY_SECONDS
-        if last:
-            self._continuity.note(self._connection, lsn, limit=lsn)
         # The snapshot first: on an idle server it is the note's commit that takes the log past it.
-        elif self._settlement.take_if_due() or is_old or lsn > self._continuity.limit:
+        if self._settlement.take_if_due() or is_old or is_needed:
             self._continuity.note(self._connection, lsn, limit=LSN(lsn + HEADROOM_BYTES))
             self._noted_at, self._unnoted = now, False
-        self._continuity.confirmed(lsn)
 
 
 def stopped_by(letter: DeadLetter) -> PoisonEvent:
