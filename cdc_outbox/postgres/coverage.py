@@ -14,8 +14,7 @@ from typing import Final
 
 from psycopg import sql
 
-#: Row filters and TABLES IN SCHEMA.
-_FILTERS_SINCE: Final = 15
+from cdc_outbox.postgres.publication import FILTERS_SINCE
 
 _SENT_HEAPS: Final = """
     WITH RECURSIVE publication AS (
@@ -117,7 +116,7 @@ def extend(
 
 def sent_heaps(server_major: int, publication: str, outbox: sql.Composable) -> sql.Composed:
     """The query for what is seen of each heap of which every row is sent; ``outbox`` is an OID."""
-    filters = server_major >= _FILTERS_SINCE
+    filters = server_major >= FILTERS_SINCE
     return sql.SQL(_SENT_HEAPS).format(
         publication=publication,
         outbox=outbox,

@@ -17,7 +17,7 @@ from cdc_outbox.postgres.catalog import Table, server_major
 from cdc_outbox.postgres.connection import MIGRATE_HINT, Connection, translated
 
 #: Row filters, column lists and TABLES IN SCHEMA.
-_FILTERS_SINCE: Final = 15
+FILTERS_SINCE: Final = 15
 _GENERATED_SINCE: Final = 18
 
 
@@ -74,7 +74,7 @@ class _Member:
 def find_publication(connection: Connection, name: str) -> Publication | None:
     major = server_major(connection)
     schemas = "EXISTS (SELECT FROM pg_publication_namespace WHERE pnpubid = p.oid)"
-    if major < _FILTERS_SINCE:
+    if major < FILTERS_SINCE:
         schemas = "false"
     generated = "p.pubgencols = 's'" if major >= _GENERATED_SINCE else "false"
     with translated(f"looking up publication {name}"):
@@ -154,15 +154,14 @@ def _members(connection: Connection, table: Table) -> list[_Member]:
 def _check_members(publication: Publication, members: list[_Member], ignored: Collection[str]) -> None:
     """Raises OperatorNeeded for the first whose rows are not sent, or not as the outbox's."""
     outbox, *others = members
+    others = [member for member in others if str(member) not in ignored]
     name = publication.identifier
     if not publication.publishes_inserts:
         raise OperatorNeeded(
             f"publication {publication.name!r} does not publish inserts",
             hint=f"ALTER PUBLICATION {name} SET (publish = 'insert')",
         )
-    for member in members:
-        if member is not outbox and str(member) in ignored:
-            continue
+    for member in (outbox, *others):
         if member.persistence == "u":
             raise OperatorNeeded(
                 f"table {member} is unlogged: its rows never reach the log",
@@ -174,7 +173,7 @@ def _check_members(publication: Publication, members: list[_Member], ignored: Co
                 hint=f"ALTER TABLE {_quoted(outbox)} DETACH PARTITION {_quoted(member)}",
             )
     for member in others:
-        if not member.is_partition and str(member) not in ignored:
+        if not member.is_partition:
             raise OperatorNeeded(
                 f"table {member} inherits from {outbox}: what is written to it does not come as the outbox's",
                 hint=f"ALTER TABLE {_quoted(member)} NO INHERIT {_quoted(outbox)}, or make it a partition; if it holds "
@@ -198,7 +197,7 @@ def _check_listed(connection: Connection, publication: Publication, table: Table
     """Raises OperatorNeeded unless the publication sends the table, and every row of it."""
     if publication.of_all_tables:
         return
-    filters = server_major(connection) >= _FILTERS_SINCE
+    filters = server_major(connection) >= FILTERS_SINCE
     schema_is_listed = (
         "EXISTS (SELECT FROM pg_publication_namespace WHERE pnpubid = %(publication)s AND pnnspid = c.relnamespace)"
     )
@@ -229,7 +228,7 @@ def _check_listed(connection: Connection, publication: Publication, table: Table
 
 
 def _sent_columns(connection: Connection, publication: Publication, table: Table) -> dict[str, int]:
-    filters = server_major(connection) >= _FILTERS_SINCE
+    filters = server_major(connection) >= FILTERS_SINCE
     # A list names columns by number; a publication that has the whole schema, or all tables, has no list.
     listed = "(entry.prattrs IS NULL OR a.attnum = ANY(entry.prattrs::int2[]))" if filters else "true"
     in_list = "entry.prattrs IS NOT NULL" if filters else "false"
