@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import psycopg
-from psycopg import conninfo
+from psycopg import conninfo, pq
 
 from cdc_outbox.errors import (
     CdcOutboxError,
@@ -22,8 +22,8 @@ from cdc_outbox.errors import (
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
-#: What the DSN may say otherwise. Dead peers are noticed by TCP within about 30 s; of several hosts the primary is
-#: taken, because the slot lives there.
+#: What DSN, service file and environment may say otherwise. Dead peers are noticed by TCP within about 30 s; of several
+#: hosts the primary is taken, because the slot lives there.
 _DEFAULTS: Final[dict[str, str | int]] = {
     "target_session_attrs": "primary",
     "connect_timeout": 10,
@@ -31,6 +31,39 @@ _DEFAULTS: Final[dict[str, str | int]] = {
     "keepalives_interval": 5,
     "keepalives_count": 4,
     "tcp_user_timeout": 30_000,
+}
+
+#: What a role or a database may say otherwise (ALTER ... SET), and what our statements depend on: how values are
+#: written and names are found, which errors and waits cut a statement short, and whether we may write at all.
+_PINNED: Final = {
+    "statement_timeout": "0",
+    "lock_timeout": "0",
+    "transaction_timeout": "0",
+    "idle_in_transaction_session_timeout": "0",
+    "idle_session_timeout": "0",
+    "default_transaction_isolation": "read committed",
+    "default_transaction_read_only": "off",
+    "default_transaction_deferrable": "off",
+    "exit_on_error": "off",
+    "client_min_messages": "warning",
+    "search_path": "public",
+    "datestyle": "ISO",
+    "intervalstyle": "postgres",
+    "timezone": "UTC",
+    "bytea_output": "hex",
+    "extra_float_digits": "3",
+    "quote_all_identifiers": "off",
+    "standard_conforming_strings": "on",
+    "array_nulls": "on",
+    "transform_null_equals": "off",
+    "row_security": "on",
+    "restrict_nonsystem_relation_kind": "",
+    "plpgsql.extra_errors": "none",
+}
+#: Settings that not every version has: by major version, the first minor one; later major versions have them all.
+_SINCE: Final = {
+    "transaction_timeout": {17: 0},
+    "restrict_nonsystem_relation_kind": {14: 13, 15: 8, 16: 4, 17: 0},
 }
 
 #: Wordings of a refusal that no waiting will change, each with what mends it.
@@ -48,6 +81,9 @@ _REFUSALS: Final = (
     ("certificate", "check sslmode, sslrootcert, sslcert and sslkey in postgres.dsn"),
 )
 
+#: How psycopg begins what libpq says before it speaks to anybody: a value that it cannot use.
+_NOT_TRIED: Final = "connection is bad: "
+
 _IN_USE: Final = "55006"
 _ADMIN_SHUTDOWN: Final = "57P01"
 MIGRATE_HINT: Final = "see that postgres.dsn names the right server and database, then run: cdc-outbox migrate up"
@@ -61,6 +97,9 @@ _NEEDS_OPERATOR: Final = {
     "55000": "",
     "53400": "",
 }
+#: What passes although its class does not say so: a server that has become a standby, a session that was cut off.
+_PASSING: Final = frozenset({"25006", "25P03", "25P04"})
+_PASSING_CLASSES: Final = ("08", "57", "53", "40", "58", "XX")
 #: For what makes a slot.
 SLOT_HINTS: Final = {"53400": "raise max_replication_slots on the server, and restart it"}
 
@@ -84,9 +123,11 @@ def connect(dsn: str, *, application_name: str = "cdc-outbox", **parameters: str
     Raises ConfigurationError for a DSN that cannot be read, SourceUnavailable, OperatorNeeded.
     """
     with _refusals_explained():
-        return psycopg.connect(
+        connection = psycopg.connect(
             connection_parameters(dsn, application_name=application_name, **parameters), autocommit=True
         )
+    pin_settings(connection)
+    return connection
 
 
 def connect_bounded(dsn: str, *, application_name: str = "cdc-outbox state") -> Connection:
@@ -98,22 +139,41 @@ def connect_bounded(dsn: str, *, application_name: str = "cdc-outbox state") -> 
         connection = BoundedConnection.connect(
             connection_parameters(dsn, application_name=application_name), autocommit=True
         )
+    pin_settings(connection, statement_timeout="5s")
     with translated("preparing the session"):
-        connection.execute("SET statement_timeout = '5s'")
         connection.execute(
             "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"
         )
     return connection
 
 
-def connect_replication(dsn: str) -> BoundedConnection:
+def connect_replication(dsn: str, **settings: str) -> BoundedConnection:
     """A replication connection; it speaks only the simple query protocol. Raises as ``connect`` does."""
     with _refusals_explained():
-        return BoundedConnection.connect(
+        connection = BoundedConnection.connect(
             connection_parameters(dsn, application_name="cdc-outbox", replication="database"),
             autocommit=True,
             cursor_factory=psycopg.ClientCursor,
         )
+    pin_settings(connection, **settings)
+    return connection
+
+
+def pin_settings(connection: Connection, **settings: str) -> None:
+    """Give a new session the settings that we depend on, and ``settings``; only SETs are sent."""
+    with translated("preparing the session"):
+        statements = [
+            f"SET {name} = '{value}'"
+            for name, value in {**_PINNED, **settings}.items()
+            if _has_setting(connection.info.server_version, name)
+        ]
+        connection.execute("; ".join(statements).encode())
+
+
+def _has_setting(server_version: int, name: str) -> bool:
+    major, minor = divmod(server_version, 10_000)
+    since = _SINCE.get(name, {0: 0})
+    return minor >= since[major] if major in since else major > max(since)
 
 
 def connection_parameters(dsn: str, *, application_name: str, **parameters: str) -> str:
@@ -121,8 +181,25 @@ def connection_parameters(dsn: str, *, application_name: str, **parameters: str)
 
     Raises ConfigurationError.
     """
-    given = {"fallback_application_name": application_name, **_DEFAULTS, **parse_dsn(dsn), **parameters}
+    said = parse_dsn(dsn)
+    given = {"fallback_application_name": application_name, **_DEFAULTS, **_given(dsn), **said, **parameters}
     return conninfo.make_conninfo("", **{**given, "client_encoding": "UTF8"})
+
+
+def _given(dsn: str) -> dict[str, str]:
+    """What DSN, service file and environment say of the settings in _DEFAULTS. libpq finds it out, and only on a
+    connection: of one to a socket that is not there, so nobody is connected to.
+    """
+    nowhere = pq.PGconn.connect_start(conninfo.make_conninfo(dsn, host="/nowhere", hostaddr="").encode())
+    try:
+        options = {option.keyword.decode(): option for option in nowhere.info}
+    finally:
+        nowhere.finish()
+    return {
+        name: value.decode()
+        for name in _DEFAULTS
+        if (value := options[name].val) is not None and value != options[name].compiled
+    }
 
 
 def parse_dsn(dsn: str) -> dict[str, Any]:
@@ -159,7 +236,7 @@ def explain(error: psycopg.Error, what: str, hints: Mapping[str, str] | None = N
     hint = {**_NEEDS_OPERATOR, **(hints or {})}.get(state or "")
     if hint is not None:
         return OperatorNeeded(reason, hint=hint)
-    if state is None or state[:2] in ("08", "57", "53", "40", "58", "XX"):
+    if state is None or state in _PASSING or state[:2] in _PASSING_CLASSES:
         return SourceUnavailable(reason)
     return OperatorNeeded(f"{reason} (SQLSTATE {state})")
 
@@ -178,6 +255,8 @@ def _refusals_explained() -> Iterator[None]:
 
 def _explain_refusal(error: psycopg.OperationalError) -> CdcOutboxError:
     text = " ".join(str(error).split()).removeprefix("connection failed: ")
+    if text.startswith(_NOT_TRIED) and "connection to server" not in text:
+        return ConfigurationError(f"postgres.dsn: {text.removeprefix(_NOT_TRIED)}", hint="see libpq's connection keys")
     for wording, hint in _REFUSALS:
         if wording in text:
             return OperatorNeeded(f"PostgreSQL refuses us: {text}", hint=hint)

@@ -145,9 +145,6 @@ def up(connection: Connection, target: Target, *, failover: bool, report: Report
     Raises OperatorNeeded; ConfigurationError as ``plan`` does.
     """
     check_server(connection)
-    with translated("preparing the session"):
-        # A script is one transaction: each of its statements must see what has become true meanwhile.
-        connection.execute("SET default_transaction_isolation = 'read committed'")
     with _advisory_lock(connection):
         for step in plan(connection, target, failover=failover):
             report(step.title)

@@ -15,7 +15,14 @@ from psycopg_pool import ConnectionPool, PoolTimeout
 
 from cdc_outbox.errors import SourceUnavailable
 from cdc_outbox.postgres.canary import plant
-from cdc_outbox.postgres.connection import BoundedConnection, Connection, connect, connection_parameters, translated
+from cdc_outbox.postgres.connection import (
+    BoundedConnection,
+    Connection,
+    connect,
+    connection_parameters,
+    pin_settings,
+    translated,
+)
 from cdc_outbox.postgres.slots import Slot, find_slot
 
 _TIMEOUT_SECONDS: Final = 1.0
@@ -37,6 +44,7 @@ class Monitor:
             min_size=1,
             max_size=1,
             num_workers=1,
+            configure=pin_settings,
             check=ConnectionPool.check_connection,
             open=False,
         )

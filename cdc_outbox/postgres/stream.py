@@ -25,14 +25,8 @@ from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.server import Server
 from cdc_outbox.postgres.slots import check_slot_name, slot_anew_hint
 
-#: Text output must not depend on the server's settings (PostgreSQL's own apply worker does the same). The timeout
-#: bounds how long a frozen relay keeps a standby waiting. A warning is all that PostgreSQL 18 says of a publication
-#: that it does not find.
-_SESSION: Final = b"""
-SET datestyle = 'ISO'; SET intervalstyle = 'postgres'; SET extra_float_digits = 3; SET timezone = 'UTC';
-SET bytea_output = 'hex'; SET wal_sender_timeout = '10s'; SET client_min_messages = 'warning'
-"""
-
+#: Bounds how long a frozen relay keeps a standby waiting.
+_WAL_SENDER_TIMEOUT: Final = "10s"
 _NOT_IN_PREREQUISITE_STATE: Final = "55000"
 _BROKE: Final = "the replication stream broke"
 
@@ -43,11 +37,9 @@ class ReplicationStream:
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
         self._slot = ""
-        self._connection = connect_replication(dsn)
+        self._connection = connect_replication(dsn, wal_sender_timeout=_WAL_SENDER_TIMEOUT)
         self._pgconn = self._connection.pgconn
         self._connection.add_notice_handler(self._on_notice)
-        with translated("preparing the replication session"):
-            self._connection.execute(_SESSION)
         self._poller = select.poll()
         self._poller.register(self._pgconn.socket, select.POLLIN)
         self._watched: int | None = None

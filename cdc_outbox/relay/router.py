@@ -45,6 +45,8 @@ _HEADER_CODE: Final[Mapping[HeaderStyle, str]] = {
 }
 
 _LONGEST_TOPIC: Final = 249
+#: What Kafka takes as a topic's name at all (org.apache.kafka.common.internals.Topic), but for "." and "..".
+_LEGAL_TOPIC: Final = re.compile(r"[A-Za-z0-9._-]{1,249}")
 
 
 class Record(NamedTuple):
@@ -89,6 +91,11 @@ class TopicTemplate:
                 f"kafka.topic = {template!r} is not a template",
                 hint="write column names in braces, e.g. outbox.{aggregate_type}",
             )
+        if not _is_legal("".join(literal + ("x" if name else "") for literal, name, _, _ in parts)):
+            raise ConfigurationError(
+                f"kafka.topic = {template!r} makes no topic that Kafka would take",
+                hint=f"use letters, digits, dots, underscores and hyphens, at most {_LONGEST_TOPIC}",
+            )
         self.text = template
         self.fields = tuple(name for _, name, _, _ in parts if name)
         self._format = "".join(_escape(literal) + ("{}" if name else "") for literal, name, _, _ in parts)
@@ -111,15 +118,17 @@ class TopicTemplate:
 
     def allows(self, topic: str) -> bool:
         """Whether data may name it."""
-        return len(topic) <= _LONGEST_TOPIC and self._pattern.fullmatch(topic) is not None
+        return _is_legal(topic) and self._pattern.fullmatch(topic) is not None
 
     def check(self, topic: str) -> None:
         """Raises PoisonEvent unless ``topic`` is one that data may name."""
         if not self.allows(topic):
+            shown = repr(topic[:_LONGEST_TOPIC])
+            why = f"does not match {self._pattern.pattern!r}" if _is_legal(topic) else "is no name that Kafka takes"
             raise PoisonEvent(
-                f"topic {topic[:_LONGEST_TOPIC]!r} does not match {self._pattern.pattern!r}",
+                f"topic {shown} {why}",
                 reason="topic_not_allowed",
-                hint="mend what writes the row, or widen kafka.topic_pattern",
+                hint="correct what writes the row, or widen kafka.topic_pattern",
             )
 
     def fill_in(self, values: tuple[bytes | None, ...]) -> str | None:
@@ -127,6 +136,10 @@ class TopicTemplate:
         if None in values:
             return None
         return self._format.format(*(value.decode(errors="replace") for value in values if value is not None))
+
+
+def _is_legal(topic: str) -> bool:
+    return _LEGAL_TOPIC.fullmatch(topic) is not None and topic not in (".", "..")
 
 
 def _escape(literal: str) -> str:

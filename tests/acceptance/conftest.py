@@ -11,8 +11,10 @@ StartRelay = Callable[..., RelayProcess]
 
 
 @pytest.fixture
-def start_relay(world: World, tmp_path: Path) -> Iterator[StartRelay]:
-    """Starts a relay for this world, with settings on top; ends what the test leaves running."""
+def start_relay(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StartRelay]:
+    """Starts a relay for the test's world, with settings on top; ends what the test leaves running."""
+    (name,) = {"world", "old_and_new_world", "every_world"}.intersection(request.fixturenames)
+    world: World = request.getfixturevalue(name)
     with ExitStack() as stack:
 
         def start(*, wait: bool = True, **settings: str) -> RelayProcess:

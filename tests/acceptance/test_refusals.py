@@ -21,6 +21,9 @@ def bad(world: World) -> dict[str, tuple[dict[str, str], int, str]]:
         "no dsn": ({"CDC_OUTBOX_POSTGRES__DSN": f"nonsense {SECRET}"}, 2, "postgres.dsn"),
         "password": ({"CDC_OUTBOX_POSTGRES__DSN": wrong_password}, 3, "password authentication failed for user"),
         "database": ({"CDC_OUTBOX_POSTGRES__DSN": conninfo.make_conninfo(world.dsn, dbname="nope")}, 3, '"nope"'),
+        "port": ({"CDC_OUTBOX_POSTGRES__DSN": f"host=127.0.0.1 port=x password={SECRET}"}, 2, "postgres.dsn: invalid"),
+        "sslmode": ({"CDC_OUTBOX_POSTGRES__DSN": f"sslmode=x password={SECRET}"}, 2, 'invalid sslmode value: "x"'),
+        "service": ({"CDC_OUTBOX_POSTGRES__DSN": "service=nope"}, 2, 'definition of service "nope" not found'),
         "slot": ({"CDC_OUTBOX_POSTGRES__SLOT": "nope"}, 3, "slot 'nope' does not exist -- if database"),
         "slot name": ({"CDC_OUTBOX_POSTGRES__SLOT": "No-Slot"}, 2, "postgres.slot = 'No-Slot'"),
         "publication": ({"CDC_OUTBOX_POSTGRES__PUBLICATION": "nope"}, 3, "publication 'nope' does not exist"),
@@ -28,6 +31,10 @@ def bad(world: World) -> dict[str, tuple[dict[str, str], int, str]]:
         "column": ({"CDC_OUTBOX_OUTBOX__COLUMNS__PAYLOAD": "nope"}, 3, "no column 'nope', wanted for payload"),
         "topic": ({"CDC_OUTBOX_KAFKA__TOPIC": "nope"}, 3, "topic nope does not exist"),
         "template": ({"CDC_OUTBOX_KAFKA__TOPIC": "a{"}, 2, "kafka.topic = 'a{'"),
+        "blanks": ({"CDC_OUTBOX_KAFKA__TOPIC": "no blanks allowed"}, 2, "kafka.topic = 'no blanks allowed' makes no"),
+        "dots": ({"CDC_OUTBOX_KAFKA__TOPIC": ".."}, 2, "kafka.topic = '..' makes no topic"),
+        "umlaut": ({"CDC_OUTBOX_KAFKA__TOPIC": "straße.{aggregate_type}"}, 2, "makes no topic"),
+        "long": ({"CDC_OUTBOX_KAFKA__TOPIC": "x" * 249 + "{aggregate_type}"}, 2, "at most 249"),
         "promise": ({"CDC_OUTBOX_KAFKA__PRODUCER__ACKS": "1"}, 2, "kafka.producer.acks cannot be set"),
         "key": ({"CDC_OUTBOX_KAFKA__NOPE": "1"}, 2, "unknown key kafka.nope"),
         "value": ({"CDC_OUTBOX_KAFKA__HEADERS": "nope"}, 2, "kafka.headers = 'nope'"),
@@ -75,7 +82,7 @@ def test_poison_stops_the_relay_before_anything_passes_it(world: World) -> None:
     for _ in range(2):
         done = command.run(world.environment, "run")
         assert done.exit_code == 3
-        assert "topic 'outbox.no topic' does not match" in done.error
+        assert "topic 'outbox.no topic' is no name that Kafka takes" in done.error
         assert "(event 1 of the transaction that commits at " in done.error
         assert "secret" not in done.err
         assert world.confirmed_lsn() == before, "what came before is confirmed, and sent once"

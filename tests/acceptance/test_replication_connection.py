@@ -20,7 +20,7 @@ from support.world import World
 
 #: All that may be said on it.
 ALLOWED = re.compile(
-    r"\s*(SET \w+ = ('[^']*'|\d+);?\s*)+|IDENTIFY_SYSTEM|TIMELINE_HISTORY \d+"
+    r"\s*(SET [\w.]+ = ('[^']*'|\d+);?\s*)+|IDENTIFY_SYSTEM|TIMELINE_HISTORY \d+"
     r'|CREATE_REPLICATION_SLOT "\w+" TEMPORARY .*|START_REPLICATION SLOT .*'
 )
 

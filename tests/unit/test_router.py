@@ -147,8 +147,16 @@ def test_a_topic_is_required_once() -> None:
 
 @pytest.mark.parametrize("name", [b"a b", "ä".encode(), b"a/b", b"", b"x" * 250, b"a\n", b"\xff"])
 def test_data_cannot_name_an_illegal_topic(name: bytes) -> None:
-    with pytest.raises(PoisonEvent, match="does not match"):
+    with pytest.raises(PoisonEvent, match="is no name that Kafka takes|does not match"):
         route({**ROW, "aggregate_type": name})
+
+
+@pytest.mark.parametrize("name", [b".", b"..", b"a b"])
+def test_no_pattern_makes_an_illegal_topic_a_legal_one(name: bytes) -> None:
+    template = TopicTemplate("{aggregate_type}", ".*")
+    with pytest.raises(PoisonEvent, match="is no name that Kafka takes"):
+        template.render((name,))
+    assert template.render((b"...",)) == "..."
 
 
 def test_data_cannot_name_a_topic_outside_the_pattern() -> None:
@@ -165,7 +173,7 @@ def test_null_where_there_must_be_a_value_is_poison() -> None:
         route({**ROW, "aggregate_type": None})
 
 
-@pytest.mark.parametrize("template", ["", "a{", "a}", "{}", "{a!r}", "{a:>9}"])
+@pytest.mark.parametrize("template", ["", "a{", "a}", "{}", "{a!r}", "{a:>9}", "a b", ".", "..", "ü{a}", "x" * 250])
 def test_bad_templates(template: str) -> None:
     with pytest.raises(ConfigurationError, match=r"kafka\.topic = "):
         TopicTemplate(template)
