@@ -13,6 +13,7 @@ the hint says how to mend it. The edges translate library exceptions into these 
     │       └── BatchRefused    one event of a batch, but which? Try again one by one
     ├── SlotInUse               another relay leads: stand by
     ├── OperatorNeeded          nothing the relay can do by itself             exit 3
+    │   ├── TopicRefused        Kafka takes nothing for this topic
     │   ├── MalformedStream     bytes that are wrong or not supported
     │   └── PoisonEvent         an event that can never be published
     ├── CheckFailed             `doctor`, `demo`: the check ran and said no    exit 4
@@ -57,7 +58,7 @@ class BrokerUnavailable(UnavailableError):
 
 
 class BatchRefused(BrokerUnavailable):
-    """The broker refused a whole batch for one of its events and does not say which."""
+    """The broker did not take a batch, and does not say which of its events was the cause, if one was."""
 
 
 class SlotInUse(CdcOutboxError):
@@ -66,6 +67,14 @@ class SlotInUse(CdcOutboxError):
 
 class OperatorNeeded(CdcOutboxError):
     exit_code = 3
+
+
+class TopicRefused(OperatorNeeded):
+    """``topic`` is not there, or must not be written to."""
+
+    def __init__(self, message: str, *, topic: str, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.topic = topic
 
 
 class MalformedStream(OperatorNeeded):

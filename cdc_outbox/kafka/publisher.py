@@ -5,7 +5,9 @@ Source: librdkafka's CONFIGURATION.md and INTRODUCTION.md ("Idempotent Producer"
 """
 
 import logging
+import time
 from collections.abc import Callable, Mapping
+from itertools import count
 from typing import Any, Final
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -17,7 +19,9 @@ from cdc_outbox.errors import (
     ConfigurationError,
     OperatorNeeded,
     PoisonEvent,
+    TopicRefused,
 )
+from cdc_outbox.kafka.refusals import Verdict, denies_us, verdict_on
 
 ProducerSettings = Mapping[str, str | int | float | bool]
 
@@ -59,33 +63,19 @@ _DEFAULTS: Final[dict[str, str | int | bool]] = {
     "queue.buffering.max.kbytes": 32 * 1024,
 }
 
-_POISON: Final = frozenset(
-    {
-        KafkaError.MSG_SIZE_TOO_LARGE,
-        KafkaError.INVALID_MSG,
-        KafkaError.INVALID_RECORD,
-        KafkaError.RECORD_LIST_TOO_LARGE,
-        KafkaError.TOPIC_EXCEPTION,
-        KafkaError.POLICY_VIOLATION,
-    }
+#: What is to be done about a refusal, where its name does not say it.
+_POISON_HINTS: Final = {
+    KafkaError.INVALID_TIMESTAMP: "its commit time is outside of what the topic takes: raise "
+    "message.timestamp.before.max.ms or .after.max.ms, or set the database server's clock right",
+    KafkaError.TOPIC_EXCEPTION: "correct what writes the row: no topic can have that name beside the others",
+}
+_POISON_HINT: Final = (
+    "raise the limit (the topic's max.message.bytes, kafka.producer.message.max.bytes), or correct what writes the row"
 )
-#: What a producer says once it has died of a refusal, of whichever event.
-_DEAD: Final = frozenset({KafkaError._GAPLESS_GUARANTEE, KafkaError._FATAL})  # noqa: SLF001 - so spelt by librdkafka
-_ACCESS: Final = frozenset(
-    {
-        KafkaError.TOPIC_AUTHORIZATION_FAILED,
-        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
-        KafkaError.SASL_AUTHENTICATION_FAILED,
-        KafkaError._AUTHENTICATION,  # noqa: SLF001 - librdkafka's own codes are spelt so
-        KafkaError._SSL,  # noqa: SLF001
-    }
-)
-_MISSING: Final = frozenset(
-    {
-        KafkaError.UNKNOWN_TOPIC_OR_PART,
-        KafkaError._UNKNOWN_TOPIC,  # noqa: SLF001
-        KafkaError._UNKNOWN_PARTITION,  # noqa: SLF001
-    }
+#: Of codes that say a topic is missing.
+_MISSING: Final = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})  # noqa: SLF001
+_FORBIDDEN: Final = frozenset(
+    {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED},
 )
 
 #: For one event at a time: nothing can pass a refused one then, and the producer need not die of it.
@@ -95,7 +85,14 @@ _ALONE: Final[dict[str, str | int | bool]] = {"enable.gapless.guarantee": False,
 _PROBE_SECONDS: Final = 0.5
 _REPORT_SECONDS: Final = 0.5
 
-MISSING_TOPIC_HINT: Final = "create it (kafka-topics.sh --create --topic ...), or set kafka.create_topics = true"
+#: How often an event that is refused for a reason we do not expect is tried alone, and the pauses between.
+_TRIES: Final = 5
+_FIRST_PAUSE_SECONDS: Final = 0.1
+_LONGEST_PAUSE_SECONDS: Final = 3.0
+#: What a probe asks about. Nobody needs such a topic: that there is none is an answer, too.
+_PROBED_TOPIC: Final = "cdc-outbox.probe"
+
+MISSING_TOPIC_HINT: Final = "cdc-outbox topics create makes it, or kafka.create_topics = true"
 
 
 class Publisher:
@@ -134,7 +131,8 @@ class Publisher:
             raise ConfigurationError(f"kafka.producer: {reason}", hint="see librdkafka's CONFIGURATION.md") from error
         #: the hot call: nothing between the pipeline and librdkafka
         self.publish: Callable[..., None] = self.producer.produce
-        self._while_waiting: Callable[[], object] = lambda: None
+        #: in between while events are published one by one; None while they are published in batches
+        self._while_waiting: Callable[[], object] | None = None
         self._refused_alone = 0
         #: why no broker can be reached at the moment; None while one can
         self.unreachable: str | None = None
@@ -166,8 +164,9 @@ class Publisher:
     def publish_one_by_one(self, while_waiting: Callable[[], object]) -> None:
         """From now on ``publish`` returns when the event is acknowledged, and raises what the broker refuses it for.
 
-        The broker refuses a whole batch for one of its events: only alone can that one be told from the innocents.
-        ``while_waiting`` polls, and does what else must not wait. Nothing may be in flight.
+        The broker refuses a whole batch for one of its events: only alone can that one be told from the innocents. What
+        may pass is waited for, and nothing is sent twice meanwhile.
+        ``while_waiting`` polls for a moment, and does what else must not wait. Nothing may be in flight.
         """
         self._while_waiting = while_waiting
         self._refused_alone = 0
@@ -176,6 +175,7 @@ class Publisher:
 
     def publish_in_batches(self) -> int:
         """The end of ``publish_one_by_one``; how many events were refused meanwhile."""
+        self._while_waiting = None
         self._replace_producer({})
         self.publish = self.producer.produce
         return self._refused_alone
@@ -195,16 +195,38 @@ class Publisher:
         timestamp_ms: int,
         headers: Any,
     ) -> None:
+        pause_seconds = _FIRST_PAUSE_SECONDS
+        for tried in count(1):
+            error = self._deliver(topic, value, key, partition, timestamp_ms, headers)
+            if error is None:
+                on_delivery(None, None)
+                return
+            verdict = verdict_on(error)
+            if verdict is not Verdict.PASSING and (verdict is not Verdict.UNEXPECTED or tried == _TRIES):
+                self._refused_alone += 1
+                raise KafkaException(error)
+            self._count_failure(topic, error.name())
+            self._pause(pause_seconds)
+            pause_seconds = min(2 * pause_seconds, _LONGEST_PAUSE_SECONDS)
+
+    def _deliver(
+        self, topic: str, value: bytes | None, key: bytes, partition: int, timestamp_ms: int, headers: Any
+    ) -> KafkaError | None:
+        """Send one event and wait for its report: why it was not taken, None if it was."""
+        assert self._while_waiting is not None  # `publish_one_by_one` has set it
         reports: list[KafkaError | None] = []
         self.producer.produce(
             topic, value, key, partition, lambda error, _message: reports.append(error), None, timestamp_ms, headers
         )
         while not reports:
             self._while_waiting()
-        if error := reports[0]:
-            self._refused_alone += 1
-            raise KafkaException(error)
-        on_delivery(None, None)
+        return reports[0]
+
+    def _pause(self, seconds: float) -> None:
+        assert self._while_waiting is not None  # `publish_one_by_one` has set it
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            self._while_waiting()
 
     def connect(self, timeout_seconds: float) -> set[str]:
         """See that a broker answers; return the names of its topics. Raises BrokerUnavailable, OperatorNeeded."""
@@ -221,9 +243,11 @@ class Publisher:
         """If librdkafka complained, find out whether any broker answers; one of several that fails is no trouble."""
         if self._trouble:
             try:
-                self.connect(_PROBE_SECONDS)
-            except BrokerUnavailable:
+                self.producer.list_topics(_PROBED_TOPIC, timeout=_PROBE_SECONDS)
+            except KafkaException:
                 self.unreachable = self._trouble
+            else:
+                self._trouble = self.unreachable = None
 
     def close(self) -> None:
         """Forget what is still queued, and end librdkafka's threads now rather than when the collector comes by."""
@@ -236,22 +260,21 @@ class Publisher:
         if error.fatal():
             self.poll(_REPORT_SECONDS)
         self._count_failure(topic, error.name())
-        return _explain(error, topic)
+        return _explain(error, topic, alone=self._while_waiting is not None)
 
     def on_failure(self, error: KafkaError, message: Message) -> None:
         """Raise what a failed delivery report means; surfaces from ``poll`` and ``flush``.
 
-        A report of poison does not name the culprit, only its batch: BatchRefused.
+        A report does not name the culprit, only its batch, unless nothing of that topic can be published: BatchRefused.
         """
         topic = message.topic() or ""
         self._count_failure(topic, error.name())
-        explained = _explain(error, topic)
-        if isinstance(explained, PoisonEvent):
-            raise BatchRefused(f"topic {topic} refuses an event, or one sent with it: {error.name()}")
-        raise explained
+        if verdict_on(error) is Verdict.OPERATOR:
+            raise _explain(error, topic, alone=False)
+        raise BatchRefused(f"topic {topic} refuses an event, or one sent with it: {error.name()}")
 
     def _on_error(self, error: KafkaError) -> None:
-        if error.code() in _ACCESS:
+        if denies_us(error):
             self._denied = OperatorNeeded(
                 f"Kafka at {self._bootstrap_servers} refuses us: {error.str()}",
                 hint="check kafka.producer's security.protocol, sasl.* and ssl.*",
@@ -267,18 +290,21 @@ def _refuse_broken_promises(settings: ProducerSettings) -> None:
             raise ConfigurationError(f"kafka.producer.{key} cannot be set: {_REFUSED[key]}", hint="remove it")
 
 
-def _explain(error: KafkaError, topic: str) -> CdcOutboxError:
-    code, reason = error.code(), f"{error.name()}: {error.str()}"
-    if code in _POISON:
-        return PoisonEvent(
-            f"topic {topic} refuses it: {reason}",
-            reason=error.name(),
-            hint="raise the limit (the topic's max.message.bytes, kafka.producer.message.max.bytes), or mend the row",
-        )
-    if code in _ACCESS:
-        return OperatorNeeded(f"topic {topic} must not be written to: {reason}", hint="grant WRITE on the topic")
+def _explain(error: KafkaError, topic: str, *, alone: bool) -> CdcOutboxError:
+    """What is to be done about a refused event; ``alone`` if nothing was sent with it."""
+    code, reason, verdict = error.code(), f"{error.name()}: {error.str()}", verdict_on(error)
+    if verdict is Verdict.OPERATOR:
+        return _explain_to_operator(code, reason, topic)
+    if verdict is Verdict.POISON or (alone and verdict is Verdict.UNEXPECTED):
+        hint = _POISON_HINTS.get(code, _POISON_HINT)
+        return PoisonEvent(f"topic {topic} refuses it: {reason}", reason=error.name(), hint=hint)
+    if alone or verdict is Verdict.PASSING:
+        return BrokerUnavailable(f"publishing to topic {topic} failed: {reason}")
+    return BatchRefused(f"topic {topic} or another does not take an event, or one sent with it: {reason}")
+
+
+def _explain_to_operator(code: int, reason: str, topic: str) -> TopicRefused:
     if code in _MISSING:
-        return OperatorNeeded(f"topic {topic} does not exist: {reason}", hint=MISSING_TOPIC_HINT)
-    if code in _DEAD:
-        return BatchRefused(f"Kafka has refused an event for good, of topic {topic} or another: {reason}")
-    return BrokerUnavailable(f"publishing to topic {topic} failed: {reason}")
+        return TopicRefused(f"topic {topic} does not exist (any more): {reason}", topic=topic, hint=MISSING_TOPIC_HINT)
+    hint = "grant WRITE and DESCRIBE on the topic" if code in _FORBIDDEN else "check kafka.producer, topic and broker"
+    return TopicRefused(f"topic {topic} cannot be written to: {reason}", topic=topic, hint=hint)

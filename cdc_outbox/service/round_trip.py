@@ -32,10 +32,9 @@ def make_round_trip(config: Config, publisher: Publisher) -> Finding:
     topics = Topics(publisher, create=config.kafka.create_topics)
     try:
         topics.connect()
-        topics.require(config.canary.topic)
+        topics.require(config.canary.topic, create=True)
     except CdcOutboxError as error:
-        mend = f"kafka-topics.sh --create --topic {config.canary.topic}, or another canary.topic"
-        return Finding(_CHECK, "warning", f"not tried: {error.message}", mend)
+        return Finding(_CHECK, "warning", f"not tried: {error.message}", error.hint)
     try:
         with ReplicationStream(config.postgres.dsn.get_secret_value()) as stream:
             slot = f"cdc_outbox_doctor_{os.getpid()}"

@@ -92,14 +92,14 @@ class Session:
         self._acknowledged_at = now
         self._health_at = now
         #: up to this event (see `reached`) each is published alone
-        self._suspected: tuple[int, int] | None = None
+        self.suspected: tuple[int, int] | None = None
         #: events were settled since the last status update
         self._carried = False
 
     def suspect(self, reached: tuple[int, int]) -> None:
         """Among the events up to ``reached`` is one that the broker refuses: publish them one by one to find it."""
-        self._suspected = reached
-        self._publisher.publish_one_by_one(self._wait_for_room)
+        self.suspected = reached
+        self._publisher.publish_one_by_one(self._wait_a_moment)
 
     @property
     def reached(self) -> tuple[int, int]:
@@ -111,10 +111,10 @@ class Session:
         stream.watch(self._shutdown.descriptor)
         try:
             while not self._may_stop_reading():
-                if self._suspected is None:
+                if self.suspected is None:
                     pipeline.feed(stream.frames())
                 else:
-                    self._feed_one(self._suspected)
+                    self._feed_one(self.suspected)
                 publisher.poll(0)
                 self._settle()
                 self._report(time.monotonic())
@@ -136,7 +136,7 @@ class Session:
         """One frame at a time, until all that is suspected has been published alone; then in batches again."""
         self._pipeline.feed(islice(self._stream.frames(), 1))
         if self._pipeline.reached >= suspected:
-            self._suspected = None
+            self.suspected = None
             if not self._publisher.publish_in_batches():
                 get_logger().warning(
                     "refused_only_together",
@@ -169,18 +169,20 @@ class Session:
         return _IDLE_WAIT_SECONDS
 
     def _wait_for_room(self) -> bool:
-        """As much is in flight as may be: stop reading, keep polling Kafka and keep the server informed.
-
-        False if nothing is in flight: then no room will come.
-        """
+        """As much is in flight as may be. False if nothing is: then no room will come."""
         self._check_deadline()
         if not self._publisher.in_flight:
             return False
+        self._wait_a_moment()
+        return True
+
+    def _wait_a_moment(self) -> None:
+        """For Kafka, without reading on."""
+        self._check_deadline()
         self._publisher.poll(0.05)
         self._settle()
         self._stream.heard_at = time.monotonic()  # not listening is not silence
         self._report(self._stream.heard_at)
-        return True
 
     def _drain(self, timeout_seconds: float) -> None:
         """Wait until nothing is in flight, at most ``timeout_seconds``."""
@@ -248,8 +250,8 @@ class Session:
         self._metrics.watch_oldest(self._watermark.oldest_commit_time_ms)
         if not outstanding or acknowledged != self._acknowledged:
             self._acknowledged, self._acknowledged_at = acknowledged, now
-        if self._health.alarm:
-            raise self._health.alarm
+        if (alarm := self._health.alarm) is not None:  # read once: the monitor's thread takes it back
+            raise alarm
         silence = now - self._stream.heard_at
         if silence > _SILENCE_GIVEN_UP_SECONDS:
             raise SourceUnavailable(f"the server has been silent for {silence:.0f} s")

@@ -12,8 +12,8 @@ from typing import Final, Protocol
 
 import orjson
 
-from cdc_outbox.config import OnPoison
-from cdc_outbox.errors import PoisonEvent, ServerStopping
+from cdc_outbox.config import Config
+from cdc_outbox.errors import PoisonEvent, ServerStopping, TopicRefused
 from cdc_outbox.postgres import dead_letters
 from cdc_outbox.postgres.connection import Connection
 from cdc_outbox.postgres.continuity import HEADROOM_BYTES, Continuity
@@ -66,17 +66,17 @@ class RelayState:
         continuity: Continuity,
         metrics: Metrics,
         *,
-        slot: str,
+        config: Config,
         confirmed: LSN,
         sent: SentTable,
-        on_poison: OnPoison,
     ) -> None:
         """``confirmed`` is where the slot stands: dead letters after it may come by once more."""
         self._connection = connection
         self._continuity = continuity
         self._metrics = metrics
-        self._slot = slot
-        self._on_poison = on_poison
+        self._slot = slot = config.postgres.slot
+        self._on_poison = config.relay.on_poison
+        self._canary_topic = config.canary.topic
         self._log = get_logger()
         self._settlement = Settlement(connection, slot, continuity.system_identifier, sent, confirmed=confirmed)
         self._noted_at = time.monotonic()
@@ -92,7 +92,9 @@ class RelayState:
         self._settled = {commit_lsn: frozenset(ordinals) for commit_lsn, ordinals in settled.items()}
 
     def put(self, letter: DeadLetter) -> None:
-        """Raises PoisonEvent unless dead letters are asked for."""
+        """Raises PoisonEvent unless dead letters are asked for; TopicRefused for a canary, which nobody would miss."""
+        if letter.event.topic == self._canary_topic:
+            raise TopicRefused(letter.poison.message, topic=self._canary_topic, hint=letter.poison.hint)
         if self._on_poison == "stop":
             raise stopped_by(letter)
         event, poison = letter.event, letter.poison

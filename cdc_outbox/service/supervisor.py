@@ -21,6 +21,7 @@ from cdc_outbox.errors import (
     OperatorNeeded,
     ServerStopping,
     SlotInUse,
+    TopicRefused,
     UnavailableError,
 )
 from cdc_outbox.kafka.publisher import Publisher
@@ -70,9 +71,12 @@ class Supervisor:
             slot=config.postgres.slot,
             check=lambda connection: check_outbox(config, connection, self._topic),
         )
-        self._canary = Canary(config.canary.every_seconds, self._monitor, self._health, self._metrics)
+        canary = config.canary
+        self._canary = Canary(canary.every_seconds, canary.topic, self._monitor, self._health, self._metrics)
         self._log = get_logger()
         self._continuity = Continuity(config.postgres.slot)
+        #: topics that have been there while this process ran
+        self._topics_seen: set[str] = set()
         #: after a refusal by the broker: up to where the refused event must be, see `Session.suspect`
         self._suspected: tuple[int, int] | None = None
         self._failures = 0
@@ -98,6 +102,8 @@ class Supervisor:
             except UnavailableError as error:
                 self._recover(error)
             except CdcOutboxError as error:
+                if isinstance(error, TopicRefused) and self._canary.give_up(error):
+                    continue  # without canaries
                 self._health.remember(error)
                 self._health.become("halted", error.message)
                 raise
@@ -124,15 +130,14 @@ class Supervisor:
     def _prepare(self, connection: Connection, publisher: Publisher) -> Route:
         """See that all is there that streaming needs. Raises what says why not."""
         config = self._config
-        topics = Topics(publisher, create=config.kafka.create_topics)
-        route = prepare_route(config, connection, self._topic, topics.require)
+        topics = Topics(publisher, create=config.kafka.create_topics, ever_seen=self._topics_seen)
+        route = prepare_route(config, connection, self._topic, topics.require_for_event)
         check_slot(connection, config.postgres.slot)
         # A relay that cannot reach Kafka must not keep the slot from one that can.
         topics.connect()
         if not self._topic.fields:
             topics.require(self._topic.text)
-        if config.canary.every_seconds:
-            topics.require(config.canary.topic)
+        if self._canary.prepare(topics):
             return route.also(make_canary_router(config, topics.require))
         return route
 
@@ -156,11 +161,13 @@ class Supervisor:
         session = Session(stream, publisher, routing, state, self._shutdown, self._health, self._metrics)
         if self._suspected:
             session.suspect(self._suspected)
-            self._suspected = None
         try:
             session.run()
         except BatchRefused:
             self._suspected = session.reached
+            raise
+        except CdcOutboxError:
+            self._suspected = session.suspected
             raise
         if session.unacknowledged_events:
             self._log.warning(
@@ -177,10 +184,9 @@ class Supervisor:
                 connection,
                 self._continuity,
                 self._metrics,
-                slot=slot.name,
+                config=config,
                 confirmed=slot.confirmed_lsn or LSN(0),
                 sent=sent,
-                on_poison=config.relay.on_poison,
             )
         trouble = "schema cdc_outbox is not installed, or this role has no right to it"
         mend = "run `cdc-outbox migrate up`, and GRANT cdc_outbox_relay to a role of your own"
@@ -221,13 +227,18 @@ class Supervisor:
                     self._health.alarm = None
                     seconds = min(_MONITOR_SECONDS, self._canary.plant_when_due())
                     monitor.wait(seconds, wake_descriptor=self._shutdown.descriptor)
-                except CdcOutboxError as error:
+                except Exception as error:  # noqa: BLE001 - whatever it is, the next look must not be missing
                     self._metrics.slot_seen(None)
-                    if isinstance(error, OperatorNeeded | ServerStopping):
-                        self._health.alarm = error
-                    else:
-                        self._log.debug("slot_not_seen", reason=error.message)
+                    self._could_not_look(error)
                     self._shutdown.sleep(_MONITOR_RETRY_SECONDS)
+
+    def _could_not_look(self, error: Exception) -> None:
+        if isinstance(error, OperatorNeeded | ServerStopping):
+            self._health.alarm = error
+        elif isinstance(error, CdcOutboxError):
+            self._log.debug("slot_not_seen", reason=error.message)
+        else:
+            self._log.error("monitor_failed", exc_info=error)
 
 
 def _publisher_class(config: Config) -> Callable[..., Publisher]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from cdc_outbox.demo.relay import RelayProcess
-from support.world import World
+from support.world import World  # noqa: TC001 - a fixture's annotations are read
 
 StartRelay = Callable[..., RelayProcess]
 

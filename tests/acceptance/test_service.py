@@ -179,16 +179,38 @@ def test_a_canary_comes_by_until_the_publication_loses_it(world: World, start_re
 
     assert age(relay) < 3
     assert math.isnan(age(standby))
-    assert world.db.execute("SELECT count(*) FROM cdc_outbox.canary").fetchone() == (1,)
+    assert world.db.execute("SELECT count(*) FROM cdc_outbox.canary").fetchone() == (0,)
     world.db.execute("ALTER PUBLICATION cdc_outbox DROP TABLE cdc_outbox.canary")
     wait_until(lambda: age(relay) > 3, "the canary is missed")
     world.migrate()
     wait_until(lambda: age(relay) < 3, "the canary is back")
 
 
-def test_a_canary_without_its_topic_is_said_at_the_start(world: World, start_relay: StartRelay) -> None:
+def test_a_canary_makes_its_topic(world: World, start_relay: StartRelay) -> None:
     world.migrate()
-    settings = {"CDC_OUTBOX_CANARY__EVERY_SECONDS": "1", "CDC_OUTBOX_CANARY__TOPIC": f"{world.name}-nope"}
-    relay = start_relay(wait=False, **settings)
-    assert relay.process.wait(20) == 3
-    assert f"topic {world.name}-nope does not exist" in relay.said()
+    topic = f"{world.name}-canary"
+    start_relay(CDC_OUTBOX_CANARY__EVERY_SECONDS="0.2", CDC_OUTBOX_CANARY__TOPIC=topic)
+    assert read_topic(world.bootstrap_servers, topic, 2)
+
+
+@pytest.mark.parametrize("trouble", ["its topic refuses it", "its name is no topic's", "its table is gone"])
+def test_a_canary_that_cannot_be_sent_is_missed_and_events_flow(
+    world: World, start_relay: StartRelay, trouble: str
+) -> None:
+    world.migrate()
+    aggregate_type = world.create_topic()
+    topic = f"{world.name}-canary"
+    if trouble == "its topic refuses it":
+        create_topic(world.bootstrap_servers, topic, partitions=1, **{"max.message.bytes": "10"})
+    elif trouble == "its name is no topic's":
+        topic = ".."
+    else:
+        world.db.execute("DROP TABLE cdc_outbox.canary")
+    relay = start_relay(CDC_OUTBOX_CANARY__EVERY_SECONDS="0.2", CDC_OUTBOX_CANARY__TOPIC=topic)
+    wait_until(lambda: "no_canary" in relay.said(), "it is said")
+    wait_until(lambda: (relay.metric("cdc_outbox_canary_age_seconds") or 0) > 2, "and missed")
+    wait_until(lambda: readyz(relay)["status"] == 200, "it streams")
+    event_ids = [world.insert(aggregate_type) for _ in range(3)]
+    world.wait_until_confirmed()
+    assert delivered_ids(world, aggregate_type, 3) == event_ids
+    assert relay.said().count("no_canary") == 1

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
-from cdc_outbox.config import ColumnsConfig
+from cdc_outbox.config import ColumnsConfig, Config
 from cdc_outbox.errors import OperatorNeeded
 from cdc_outbox.postgres import catalog, migrations, pruning
 from cdc_outbox.postgres.connection import connect
@@ -293,9 +293,8 @@ def test_what_was_settled_while_a_snapshot_waited_is_noted_too(
         continuity.check(migrated.db, stream.identify())
     confirmed = migrated.confirmed_lsn()
     sent = check_publication(migrated.db, "cdc_outbox", catalog.find_table(migrated.db, "public.outbox"))
-    state = RelayState(
-        migrated.db, continuity, Metrics(), slot=migrated.slot, confirmed=confirmed, sent=sent, on_poison="stop"
-    )
+    config = Config(postgres={"dsn": migrated.dsn, "slot": migrated.slot})
+    state = RelayState(migrated.db, continuity, Metrics(), config=config, confirmed=confirmed, sent=sent)
     insert(migrated.db, "before the snapshot")
     state.confirming(confirmed, carried=True)
     insert(migrated.db, "while it waits")

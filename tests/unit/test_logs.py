@@ -7,6 +7,8 @@ import cdc_outbox
 
 EVENTS = {
     "dead_lettered",
+    "monitor_failed",
+    "no_canary",
     "failed",
     "gaps_not_noticed",
     "http_address_in_use",

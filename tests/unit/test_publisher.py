@@ -3,8 +3,9 @@
 import pytest
 from confluent_kafka import KafkaError
 
-from cdc_outbox.errors import BatchRefused, BrokerUnavailable, ConfigurationError, OperatorNeeded, PoisonEvent
+from cdc_outbox.errors import BatchRefused, BrokerUnavailable, ConfigurationError, PoisonEvent, TopicRefused
 from cdc_outbox.kafka.publisher import Publisher, _explain
+from cdc_outbox.kafka.refusals import _VERDICTS, denies_us
 
 PROMISES = (
     "acks",
@@ -44,24 +45,44 @@ def test_other_keys_are_passed_on() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "kind"),
+    ("code", "together", "alone"),
     [
-        (KafkaError.MSG_SIZE_TOO_LARGE, PoisonEvent),
-        (KafkaError.INVALID_RECORD, PoisonEvent),
-        (KafkaError.POLICY_VIOLATION, PoisonEvent),
-        (KafkaError.TOPIC_AUTHORIZATION_FAILED, OperatorNeeded),
-        (KafkaError._UNKNOWN_TOPIC, OperatorNeeded),
-        (KafkaError.UNKNOWN_TOPIC_OR_PART, OperatorNeeded),
-        (KafkaError._MSG_TIMED_OUT, BrokerUnavailable),
-        (KafkaError._PURGE_QUEUE, BrokerUnavailable),
-        (KafkaError._FATAL, BatchRefused),
-        (KafkaError._GAPLESS_GUARANTEE, BatchRefused),
-        (KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER, BrokerUnavailable),
-        (KafkaError.INVALID_PRODUCER_EPOCH, BrokerUnavailable),
-        (KafkaError.UNKNOWN, BrokerUnavailable),
+        (KafkaError.MSG_SIZE_TOO_LARGE, PoisonEvent, PoisonEvent),
+        (KafkaError.INVALID_TIMESTAMP, PoisonEvent, PoisonEvent),
+        (KafkaError.TOPIC_AUTHORIZATION_FAILED, TopicRefused, TopicRefused),
+        (KafkaError._UNKNOWN_TOPIC, TopicRefused, TopicRefused),
+        (KafkaError._TRANSPORT, BrokerUnavailable, BrokerUnavailable),
+        (KafkaError._UNKNOWN_PARTITION, BatchRefused, BrokerUnavailable),
+        (KafkaError._FATAL, BatchRefused, BrokerUnavailable),
+        (KafkaError._GAPLESS_GUARANTEE, BatchRefused, BrokerUnavailable),
+        (KafkaError.OUT_OF_ORDER_SEQUENCE_NUMBER, BatchRefused, BrokerUnavailable),
+        (KafkaError.UNKNOWN, BatchRefused, PoisonEvent),
+        (KafkaError.INVALID_REQUEST, BatchRefused, PoisonEvent),
+        (1234, BatchRefused, PoisonEvent),
     ],
 )
-def test_every_failure_says_what_to_do(code: int, kind: type[Exception]) -> None:
-    error = _explain(KafkaError(code), "outbox.a")
-    assert type(error) is kind
-    assert "outbox.a" in error.message
+def test_every_failure_says_what_to_do(code: int, together: type[Exception], alone: type[Exception]) -> None:
+    for is_alone, kind in ((False, together), (True, alone)):
+        error = _explain(KafkaError(code), "outbox.a", alone=is_alone)
+        assert type(error) is kind
+        assert "outbox.a" in error.message
+
+
+def test_every_code_that_librdkafka_knows_has_a_verdict() -> None:
+    names = {name for name in dir(KafkaError) if name.strip("_").isupper() and not name.startswith("__")}
+    assert names == set(_VERDICTS)
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "denies"),
+    [
+        (KafkaError._AUTHENTICATION, "SASL authentication error: Authentication failed during authentication", True),
+        (KafkaError._AUTHENTICATION, "Failed to acquire SASL OAUTHBEARER token: HTTP error 503", False),
+        (KafkaError._AUTHENTICATION, "SaslHandshakeRequest failed: Local: Broker transport failure", False),
+        (KafkaError._SSL, "SSL handshake failed: certificate verify failed", True),
+        (KafkaError._SSL, "SSL handshake failed: Disconnected: connecting to a PLAINTEXT broker listener?", False),
+        (KafkaError._ALL_BROKERS_DOWN, "2/2 brokers are down", False),
+    ],
+)
+def test_only_a_refusal_of_credentials_denies_us(code: int, text: str, denies: bool) -> None:  # noqa: FBT001
+    assert denies_us(KafkaError(code, text)) is denies
