@@ -119,11 +119,12 @@ def test_a_code_that_nobody_knows_is_in_the_end_the_events_own_fault(
 ) -> None:
     world = lenient
     relay = start_relay()
-    mock.fail_next_produces(*[FROM_THE_FUTURE] * 7)  # in one or two batches, and five times alone
-    with world.db.transaction():
-        bad, good = world.insert("event"), world.insert("event")
+    mock.fail_next_produces(*[FROM_THE_FUTURE] * 100)
+    bad = world.insert("event")
+    (letter,) = wait_until(lambda: dead_letters(world), "it is a dead letter", timeout_seconds=30)
+    mock.fail_no_more()
+    good = world.insert("event")
     world.wait_until_confirmed()
-    (letter,) = dead_letters(world)
     assert letter["event_id"] == bad
     assert delivered_ids(world, "event", 1) == [good]
     assert not relay.ended
