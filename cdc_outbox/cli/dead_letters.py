@@ -39,7 +39,7 @@ def command() -> None:
 def list_(settings: Settings, /, *, as_json: bool, **wanted: Any) -> None:
     """List dead letters that wait for a decision.
 
-    In the order in which their transactions committed. Times are in UTC; so is a TIME without an offset.
+    In the order in which their transactions committed. A TIME without an offset is in the server's time zone.
     """
     with _connect(settings) as connection:
         letters = dead_letters.find(connection, dead_letters.Filter(**wanted))
@@ -111,7 +111,7 @@ def _table(letters: list[dead_letters.Row], *, with_state: bool, width: int) -> 
     """Where the terminal is narrow the last three columns are cut; `show` has all of them."""
     whole = {
         "id": [str(letter["id"]) for letter in letters],
-        "put away, UTC": [f"{letter['created_at']:%m-%d %H:%M}" for letter in letters],
+        "put away": [f"{letter['created_at']:%m-%d %H:%M}" for letter in letters],
         "reason": [letter["reason"] for letter in letters],
         **({"state": [letter["state"] for letter in letters]} if with_state else {}),
         "tries": [str(letter["attempts"]) for letter in letters],

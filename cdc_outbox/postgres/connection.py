@@ -34,7 +34,8 @@ _DEFAULTS: Final[dict[str, str | int]] = {
 }
 
 #: What a role or a database may say otherwise (ALTER ... SET), and what our statements depend on: how values are
-#: written and names are found, which errors and waits cut a statement short, and whether we may write at all.
+#: written and names are found, which errors and waits cut a statement short, and whether we may write at all. Not the
+#: time zone: it says what a column or a partition without one means.
 _PINNED: Final = {
     "statement_timeout": "0",
     "lock_timeout": "0",
@@ -49,7 +50,6 @@ _PINNED: Final = {
     "search_path": "public",
     "datestyle": "ISO",
     "intervalstyle": "postgres",
-    "timezone": "UTC",
     "bytea_output": "hex",
     "extra_float_digits": "3",
     "quote_all_identifiers": "off",
@@ -104,6 +104,9 @@ _PASSING_CLASSES: Final = ("08", "57", "53", "40", "58", "XX")
 SLOT_HINTS: Final = {"53400": "raise max_replication_slots on the server, and restart it"}
 
 
+STATEMENT_TIMEOUT: Final = "5s"
+
+
 class BoundedConnection(psycopg.Connection[tuple[Any, ...]]):
     """Gives up a server that has not answered a statement within ``answer_seconds``, with an OperationalError.
 
@@ -115,6 +118,16 @@ class BoundedConnection(psycopg.Connection[tuple[Any, ...]]):
 
     def wait(self, gen: Any, interval: float = 0.1, timeout: float | None = None) -> Any:
         return super().wait(gen, interval, self.answer_seconds if timeout is None else timeout)
+
+    @contextmanager
+    def allowing(self, seconds: int) -> Iterator[None]:
+        """More time for a statement inside. After a failure inside, the connection is of no more use."""
+        usual = self.answer_seconds
+        self.execute(f"SET statement_timeout = '{seconds}s'".encode())
+        self.answer_seconds = seconds + 1.0
+        yield
+        self.answer_seconds = usual
+        self.execute(f"SET statement_timeout = '{STATEMENT_TIMEOUT}'".encode())
 
 
 def connect(dsn: str, *, application_name: str = "cdc-outbox", **parameters: str) -> Connection:
@@ -130,7 +143,7 @@ def connect(dsn: str, *, application_name: str = "cdc-outbox", **parameters: str
     return connection
 
 
-def connect_bounded(dsn: str, *, application_name: str = "cdc-outbox state") -> Connection:
+def connect_bounded(dsn: str, *, application_name: str = "cdc-outbox state") -> BoundedConnection:
     """A connection on which no lock and no server holds us up for long, and what is committed is durable.
 
     Raises as ``connect`` does.
@@ -139,7 +152,7 @@ def connect_bounded(dsn: str, *, application_name: str = "cdc-outbox state") -> 
         connection = BoundedConnection.connect(
             connection_parameters(dsn, application_name=application_name), autocommit=True
         )
-    pin_settings(connection, statement_timeout="5s")
+    pin_settings(connection, statement_timeout=STATEMENT_TIMEOUT)
     with translated("preparing the session"):
         connection.execute(
             "SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'"

@@ -6,6 +6,7 @@ asked for again all the same: a request may be lost with its slot.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, LiteralString
@@ -15,7 +16,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from cdc_outbox.errors import ConfigurationError, OperatorNeeded
-from cdc_outbox.postgres.connection import MIGRATE_HINT, Connection, translated
+from cdc_outbox.postgres.connection import MIGRATE_HINT, BoundedConnection, Connection, translated
 from cdc_outbox.postgres.lsn import LSN
 
 Row = dict[str, Any]
@@ -48,17 +49,31 @@ class Filter:
     settled_too: bool = False
 
 
-def put(connection: Connection, columns: Mapping[str, Any]) -> bool:
-    """Keep an event; durable when it returns. False if it is there already: its identity is unique."""
-    with translated("writing to cdc_outbox.dead_letter"):
-        statement = sql.SQL(
-            "INSERT INTO cdc_outbox.dead_letter ({}) VALUES ({})"
-            " ON CONFLICT (system_identifier, slot, commit_lsn, ordinal) DO NOTHING"
-        ).format(
-            sql.SQL(", ").join(map(sql.Identifier, columns)),
-            sql.SQL(", ").join(map(sql.Placeholder, columns)),
-        )
-        return connection.execute(statement, columns).rowcount == 1
+def put(connection: BoundedConnection, columns: Mapping[str, Any]) -> bool:
+    """Keep an event; durable when it returns. False if it is there already: its identity is unique.
+
+    It never fails on what the event is: text that this database cannot hold is kept escaped, and a large one is given
+    the time that it takes.
+    """
+    statement = sql.SQL(
+        "INSERT INTO cdc_outbox.dead_letter ({}) VALUES ({})"
+        " ON CONFLICT (system_identifier, slot, commit_lsn, ordinal) DO NOTHING"
+    ).format(
+        sql.SQL(", ").join(map(sql.Identifier, columns)),
+        sql.SQL(", ").join(map(sql.Placeholder, columns)),
+    )
+    megabytes = len(columns["payload"] or b"") // 1_000_000
+    patience = connection.allowing(seconds=5 + megabytes) if megabytes else nullcontext()
+    with translated("writing to cdc_outbox.dead_letter"), patience:
+        try:
+            return connection.execute(statement, columns).rowcount == 1
+        except psycopg.DataError:
+            escaped = {name: _escaped(value) for name, value in columns.items()}
+            return connection.execute(statement, escaped).rowcount == 1
+
+
+def _escaped(value: Any) -> Any:
+    return value.encode("ascii", "backslashreplace").decode().replace("\0", "\\0") if isinstance(value, str) else value
 
 
 def settled_since(connection: Connection, system_identifier: str, slot: str, lsn: LSN) -> list[tuple[LSN, int]]:

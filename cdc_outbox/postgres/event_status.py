@@ -14,9 +14,14 @@ from psycopg import sql
 from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.postgres.catalog import Table
 from cdc_outbox.postgres.connection import Connection, translated
+from cdc_outbox.postgres.encodings import Encoding
 
 #: More rows than this nobody reads; the count says how many there are.
 _MOST_STUCK_SHOWN: Final = 100
+#: Text that may be none, see `encodings`.
+_AS_STORED: Final = sql.SQL("convert_to(event.{}::text, getdatabaseencoding()::name)")
+#: date, timestamp, timestamptz (pg_type.dat): of another type, created_at may count anything from anywhere
+_TIMES: Final = frozenset({1082, 1114, 1184})
 
 
 def known_published(connection: Connection, slot: str, *, for_at_least: timedelta) -> dict[int, str]:
@@ -57,11 +62,12 @@ def stuck_rows(
 
     Rows of which it cannot be told, and those that became dead letters, are not stuck. Needs SELECT on the table.
     """
+    names = {field: sql.Identifier(column) for field, column in columns.of(table.columns).items()}
     with translated(f"looking for stuck rows in {table}"):
         tracked = connection.execute("SELECT current_setting('track_commit_timestamp')::bool").fetchone() == (True,)
         if tracked:
             committed = sql.SQL("pg_xact_commit_timestamp(event.xmin)")
-        elif "created_at" in table.columns:
+        elif table.columns.get("created_at") in _TIMES:
             committed = sql.SQL("event.created_at::timestamptz")
         else:
             committed = sql.SQL("NULL::timestamptz")
@@ -74,7 +80,7 @@ def stuck_rows(
                      WHERE slot = {slot}
                        AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
                      ORDER BY pg_snapshot_xmax(snapshot) DESC, id DESC LIMIT 1)
-                SELECT count(*) OVER (), event.{id}::text, event.{aggregate_id}::text, event.{event_type}::text,
+                SELECT count(*) OVER (), {shown_id}, {shown_aggregate_id}, {shown_event_type},
                        extract(epoch FROM now() - {committed})::float8
                   FROM latest JOIN cdc_outbox.coverage AS covered ON covered.id = latest.coverage
                   JOIN {table} AS event ON event.tableoid = covered.heap
@@ -93,10 +99,17 @@ def stuck_rows(
                 committed=committed,
                 patience=sql.SQL("{}::interval").format(patience),
                 most=_MOST_STUCK_SHOWN,
-                **{field: sql.Identifier(column) for field, column in columns.of(table.columns).items()},
+                id=names["id"],
+                **{f"shown_{field}": _AS_STORED.format(names[field]) for field in ("id", "aggregate_id", "event_type")},
             )
         ).fetchall()
-    return (rows[0][0] if rows else 0), [StuckRow(*row[1:]) for row in rows]
+    encoding = Encoding.of_server(connection.info.parameter_status("server_encoding") or "")
+
+    def text(stored: bytes | None) -> str:
+        return encoding.text(stored or b"")
+
+    stuck = [StuckRow(text(event), text(aggregate), text(kind), seconds) for _, event, aggregate, kind, seconds in rows]
+    return (rows[0][0] if rows else 0), stuck
 
 
 def count_unknown(connection: Connection, slot: str) -> int | None:

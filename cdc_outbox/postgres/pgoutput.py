@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from cdc_outbox.errors import MalformedStream
+from cdc_outbox.postgres.encodings import UTF8, Encoding
 from cdc_outbox.postgres.frames import MESSAGE_START, POSTGRES_EPOCH_SECONDS
 from cdc_outbox.postgres.lsn import LSN
 
@@ -102,25 +103,25 @@ def read_commit(frame: bytes) -> tuple[int, int, int]:
     return wal_end, commit_lsn, end_lsn
 
 
-def read_relation(frame: bytes) -> Relation:
+def read_relation(frame: bytes, encoding: Encoding = UTF8) -> Relation:
     """'R' · id int32 · namespace cstring · name cstring · replica identity int8 · count int16 · columns.
 
     A column: flags int8 · name cstring · type oid int32 · type modifier int32.
     """
     try:
         relation_id = _LENGTH(frame, MESSAGE_START + 1)[0]
-        namespace, at = _cstring(frame, MESSAGE_START + 5)
-        name, at = _cstring(frame, at)
+        namespace, at = _cstring(frame, MESSAGE_START + 5, encoding)
+        name, at = _cstring(frame, at, encoding)
         (count,) = struct.unpack_from("!xH", frame, at)
         at += 3
         columns = []
         for _ in range(count):
-            column, at = _cstring(frame, at + 1)
+            column, at = _cstring(frame, at + 1, encoding)
             (type_oid,) = struct.unpack_from("!I4x", frame, at)
             columns.append(Column(column, type_oid))
             at += 8
     except (struct.error, ValueError) as error:
-        raise MalformedStream(f"Relation message of {len(frame)} bytes is cut short or not UTF-8") from error
+        raise MalformedStream(f"Relation message of {len(frame)} bytes is cut short") from error
     if at != len(frame):
         raise MalformedStream(f"Relation message has {len(frame) - at} bytes too many")
     return Relation(relation_id, namespace or "pg_catalog", name, tuple(columns))
@@ -271,7 +272,7 @@ class RowPlan:
         )
 
 
-def _cstring(frame: bytes, start: int) -> tuple[str, int]:
-    """The NUL-terminated UTF-8 string at ``start``, and where the next field begins. Raises ValueError."""
+def _cstring(frame: bytes, start: int, encoding: Encoding) -> tuple[str, int]:
+    """The NUL-terminated string at ``start``, and where the next field begins. Raises ValueError."""
     end = frame.index(0, start)
-    return frame[start:end].decode(), end + 1
+    return encoding.text(frame[start:end]), end + 1

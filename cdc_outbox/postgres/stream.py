@@ -20,6 +20,7 @@ from psycopg.errors import lookup as error_class
 
 from cdc_outbox.errors import CdcOutboxError, OperatorNeeded, SourceUnavailable
 from cdc_outbox.postgres.connection import SLOT_HINTS, connect, connect_replication, explain, first_line, translated
+from cdc_outbox.postgres.encodings import Encoding
 from cdc_outbox.postgres.frames import standby_status_update
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.server import Server
@@ -37,7 +38,7 @@ class ReplicationStream:
     def __init__(self, dsn: str) -> None:
         self._dsn = dsn
         self._slot = ""
-        self._connection = connect_replication(dsn, wal_sender_timeout=_WAL_SENDER_TIMEOUT)
+        self._connection = connect_replication(dsn, timezone="UTC", wal_sender_timeout=_WAL_SENDER_TIMEOUT)
         self._pgconn = self._connection.pgconn
         self._connection.add_notice_handler(self._on_notice)
         self._poller = select.poll()
@@ -81,6 +82,8 @@ class ReplicationStream:
         self._slot = slot
         lost = slot_anew_hint(slot, self._connection.info.dbname)
         with translated(f"replication slot {slot!r} cannot be read", {"42704": lost, "55000": lost}):
+            if Encoding.of_server(self._connection.info.parameter_status("server_encoding") or "").codec:
+                self._connection.execute("SET client_encoding = 'SQL_ASCII'")  # as it is stored, see `encodings`
             self._connection.execute(command.format(sql.Identifier(check_slot_name(slot)), names))
         self._pgconn.nonblocking = 1
         self.heard_at = time.monotonic()

@@ -26,6 +26,8 @@ class DeadLetter:
     ordinal: int
     commit_time_ms: int
     poison: PoisonEvent
+    #: the topic that has refused it; empty if it came to none: what data says of it may be anything
+    refused_by: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,6 +61,7 @@ class Pipeline:
         """``wait_for_room`` lets what is in flight become less; False if nothing is."""
         self._routers = routing.routers
         self._strays = routing.strays
+        self._encoding = routing.encoding
         #: by an Insert's head
         self._router_of: dict[bytes, Router] = {}
         self._publisher = publisher
@@ -150,7 +151,7 @@ class Pipeline:
         """An event that has been counted in, and for which there was no room, or which was refused."""
         refused = self._publish_patiently(record)
         if isinstance(refused, PoisonEvent):
-            self._put_away(frame, refused)
+            self._put_away(frame, refused, topic=record.topic)
         elif refused:
             raise refused
 
@@ -182,8 +183,11 @@ class Pipeline:
                 return refused
             raise refused
 
-    def _put_away(self, frame: bytes, error: PoisonEvent | MalformedStream) -> None:
-        """Let an event that can never be published become a dead letter, or stop before it."""
+    def _put_away(self, frame: bytes, error: PoisonEvent | MalformedStream, *, topic: str = "") -> None:
+        """Let an event that can never be published become a dead letter, or stop before it.
+
+        ``topic`` is the one that has refused it, if it came so far.
+        """
         head = frame[pgoutput.INSERT_HEAD]
         if isinstance(error, MalformedStream):
             error = PoisonEvent(error.message, reason="undecodable", hint=error.hint)
@@ -194,6 +198,7 @@ class Pipeline:
                 ordinal=self.ordinal,
                 commit_time_ms=self._commit_time_ms,
                 poison=error,
+                refused_by=topic,
             )
         )
 
@@ -234,7 +239,7 @@ class Pipeline:
             self._commit(frame)
             return self.draining
         elif tag == pgoutput.RELATION:
-            self._introduce(pgoutput.read_relation(frame))
+            self._introduce(pgoutput.read_relation(frame, self._encoding))
         elif tag == pgoutput.INSERT:
             self._insert_of_no_event(frame)
         elif tag not in pgoutput.WITHOUT_EVENT:
@@ -267,10 +272,19 @@ class Pipeline:
         if head in self._refusals:
             raise self._refusals[head]
         if head in self._read_request:
-            number, slot, dead_letter_id, topic, key = self._read_request[head](frame)
-            self._redrive(
-                RedriveRequest(int(number), slot.decode(), int(dead_letter_id), topic and topic.decode(), key)
-            )
+            self._redrive(self._request(*self._read_request[head](frame)))
+
+    def _request(
+        self, number: bytes, slot: bytes, dead_letter_id: bytes, topic: bytes | None, key: bytes | None
+    ) -> RedriveRequest:
+        text = self._encoding.text
+        return RedriveRequest(
+            int(number),
+            text(slot),
+            int(dead_letter_id),
+            None if topic is None else text(topic),
+            None if key is None else text(key).encode(),
+        )
 
     def _begin(self, frame: bytes) -> None:
         if self.open_commit_lsn:

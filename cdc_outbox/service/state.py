@@ -4,18 +4,17 @@ Over a connection of its own, from the session's thread, and synchronously: an e
 committed, and nothing is confirmed beyond what was noted. If the connection breaks, the session ends and starts anew.
 """
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Final, Protocol
 
-import orjson
-
 from cdc_outbox.config import Config
 from cdc_outbox.errors import PoisonEvent, ServerStopping, TopicRefused
 from cdc_outbox.postgres import dead_letters
-from cdc_outbox.postgres.connection import Connection
+from cdc_outbox.postgres.connection import BoundedConnection
 from cdc_outbox.postgres.continuity import HEADROOM_BYTES, Continuity
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.publication import SentTable
@@ -25,6 +24,7 @@ from cdc_outbox.relay.router import Headers, Record
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
 
+_LONGEST_SHOWN: Final = 200
 #: While events flow the note is renewed so often, so that it tells much even after a crash.
 _NOTE_EVERY_SECONDS: Final = 1.0
 
@@ -62,7 +62,7 @@ class Stateless:
 class RelayState:
     def __init__(
         self,
-        connection: Connection,
+        connection: BoundedConnection,
         continuity: Continuity,
         metrics: Metrics,
         *,
@@ -119,13 +119,11 @@ class RelayState:
             },
         )
         if is_new:
-            # a topic that data must not name must not become a label either
-            topic = "" if poison.reason.startswith("topic_") else event.topic or ""
-            self._metrics.dead_letters.labels(topic, poison.reason).inc()
+            self._metrics.dead_letters.labels(letter.refused_by, poison.reason).inc()
         self._log.warning(
             "dead_lettered",
-            event_id=event.event_id,
-            topic=event.topic,
+            event_id=_shown(event.event_id),
+            topic=_shown(event.topic),
             commit_lsn=str(letter.commit_lsn),
             ordinal=letter.ordinal,
             reason=poison.message,
@@ -198,17 +196,25 @@ def stopped_by(letter: DeadLetter) -> PoisonEvent:
     """Names everything but the payload."""
     event = letter.event
     return PoisonEvent(
-        f"event {event.event_id or '(no id)'} of aggregate {event.aggregate_id or '(none)'} for topic "
-        f"{event.topic or '(none)'} can never be published: {letter.poison.message} "
+        f"event {_shown(event.event_id)} of aggregate {_shown(event.aggregate_id)} for topic "
+        f"{_shown(event.topic)} can never be published: {letter.poison.message} "
         f"(event {letter.ordinal} of the transaction that commits at {letter.commit_lsn})",
         reason=letter.poison.reason,
         hint=f'{letter.poison.hint or "mend what writes such rows"}; or set relay.on_poison = "dead-letter"',
     )
 
 
+def _shown(value: str | None) -> str:
+    """On one line, of what may be of any length and hold anything."""
+    if value is None:
+        return "(none)"
+    short = value if len(value) <= _LONGEST_SHOWN else f"{value[:_LONGEST_SHOWN]}..."
+    return short if short.isprintable() else repr(short)
+
+
 def _headers_to_json(headers: Headers) -> str:
-    pairs = [(name, None if value is None else value.decode(errors="replace")) for name, value in headers]
-    return orjson.dumps(pairs).decode()
+    """In ASCII: the database may not know every character that JSON does."""
+    return json.dumps([(name, None if value is None else value.decode(errors="replace")) for name, value in headers])
 
 
 def _headers_from_json(pairs: list[tuple[str, str | None]]) -> Headers:

@@ -26,7 +26,7 @@ from cdc_outbox.errors import (
 )
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import Topics
-from cdc_outbox.postgres.connection import Connection, connect_bounded
+from cdc_outbox.postgres.connection import BoundedConnection, Connection, connect_bounded
 from cdc_outbox.postgres.continuity import Continuity
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.monitor import Monitor
@@ -176,7 +176,7 @@ class Supervisor:
                 hint="they are not lost: the slot keeps them, the next start publishes them",
             )
 
-    def _make_state(self, connection: Connection, sent: SentTable) -> SessionState:
+    def _make_state(self, connection: BoundedConnection, sent: SentTable) -> SessionState:
         config = self._config
         if self._continuity.is_noted:
             slot = check_slot(connection, config.postgres.slot)

@@ -11,7 +11,7 @@ from psycopg import conninfo
 from cdc_outbox.config import ColumnsConfig, Config
 from cdc_outbox.errors import OperatorNeeded
 from cdc_outbox.postgres import catalog, migrations, pruning
-from cdc_outbox.postgres.connection import connect
+from cdc_outbox.postgres.connection import BoundedConnection, connect, connect_bounded
 from cdc_outbox.postgres.continuity import Continuity
 from cdc_outbox.postgres.event_status import StuckRow, stuck_rows
 from cdc_outbox.postgres.lsn import LSN
@@ -284,8 +284,14 @@ def test_stuck_rows_are_those_committed_and_not_settled(migrated: World) -> None
     assert stuck(migrated) == []
 
 
+@pytest.fixture
+def bounded(migrated: World) -> Iterator[BoundedConnection]:
+    with contextlib.closing(connect_bounded(migrated.dsn)) as connection:
+        yield connection
+
+
 def test_what_was_settled_while_a_snapshot_waited_is_noted_too(
-    migrated: World, monkeypatch: pytest.MonkeyPatch
+    migrated: World, bounded: BoundedConnection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cdc_outbox.postgres.settlement._TAKE_EVERY_SECONDS", 0)
     continuity = Continuity(migrated.slot)
@@ -294,7 +300,7 @@ def test_what_was_settled_while_a_snapshot_waited_is_noted_too(
     confirmed = migrated.confirmed_lsn()
     sent = check_publication(migrated.db, "cdc_outbox", catalog.find_table(migrated.db, "public.outbox"))
     config = Config(postgres={"dsn": migrated.dsn, "slot": migrated.slot})
-    state = RelayState(migrated.db, continuity, Metrics(), config=config, confirmed=confirmed, sent=sent)
+    state = RelayState(bounded, continuity, Metrics(), config=config, confirmed=confirmed, sent=sent)
     insert(migrated.db, "before the snapshot")
     state.confirming(confirmed, carried=True)
     insert(migrated.db, "while it waits")

@@ -88,12 +88,15 @@ class World:
 
 
 @contextmanager
-def make_world(admin_dsn: str, bootstrap_servers: str) -> Iterator[World]:
+def make_world(admin_dsn: str, bootstrap_servers: str, *, encoding: str = "UTF8") -> Iterator[World]:
     name = f"t{uuid.uuid4().hex[:12]}"
     dsn = conninfo.make_conninfo(admin_dsn, dbname=name)
     with connect(admin_dsn) as admin:
-        admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
-    world = World(name, admin_dsn, dsn, bootstrap_servers, psycopg.connect(dsn, autocommit=True))
+        create = "CREATE DATABASE {} ENCODING {} TEMPLATE template0 LC_COLLATE 'C' LC_CTYPE 'C'"
+        admin.execute(sql.SQL(create).format(sql.Identifier(name), encoding))
+    world = World(
+        name, admin_dsn, dsn, bootstrap_servers, psycopg.connect(dsn, autocommit=True, client_encoding="UTF8")
+    )
     try:
         yield world
     finally:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from cdc_outbox.errors import ConfigurationError, MalformedStream, OperatorNeeded, PoisonEvent
+from cdc_outbox.postgres.encodings import Encoding
 from cdc_outbox.postgres.pgoutput import Column, Relation
 from cdc_outbox.relay.router import HeaderStyle, Outbox, Record, Router, Strays, TopicTemplate
 from support import frames
@@ -67,8 +68,88 @@ def test_own_headers_follow() -> None:
         ("ä", "ö".encode()),
         ("n", b"1"),
         ("no", None),
-        ("deep", b'{"x":[true]}'),
+        ("deep", b'{"x": [true]}'),
     ]
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "1.10",
+        "123456789012345678901234567890",
+        "1e999",
+        "-0",
+        "9" * 5000,
+        '{"x": 1.0 ,"y":[1,  2]}',
+        "[" * 300 + "]" * 300,
+    ],
+)
+def test_values_of_headers_travel_as_they_are_written(value: str) -> None:
+    headers = f'{{"before": "x", "value" : {value} , "after": null}}'
+    assert route({**ROW, "headers": headers.encode()}).headers[2:] == [
+        ("before", b"x"),
+        ("value", value.encode()),
+        ("after", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        b"[1]",
+        b"{",
+        b"\xff",
+        b'{"a": NaN}',
+        b'{"a": ' + b"[" * 5000 + b"]" * 5000 + b"}",
+        b'{"a\\u0000b": "a NUL would cut the name"}',
+        b'{"a\\u0000b": 1}',
+        b'{"half a pair": "\\ud800"}',
+        b'{"\\udc00": 1}',
+    ],
+)
+def test_headers_that_cannot_be_sent_are_poison_and_kept(headers: bytes) -> None:
+    with pytest.raises(PoisonEvent, match="header") as caught:
+        route({**ROW, "headers": headers})
+    assert caught.value.reason == "headers_unreadable"
+    outbox = Outbox("public", "outbox", {})
+    router = Router(outbox, TopicTemplate("outbox.{aggregate_type}"), "plain", "", lambda _: None)
+    row = {**ROW, "headers": headers}
+    described = router.describe(relation(COLUMNS), frames.insert(7, [row[name] for name in COLUMNS]), 1)
+    assert described.event_id == "e-1"
+    assert described.headers[-1][0] == "headers"
+
+
+LATIN1, ASCII = Encoding("iso8859_1"), Encoding("utf-8")
+
+
+def stored_router(encoding: Encoding) -> Router:
+    outbox = Outbox("public", "outbox", {})
+    return Router(outbox, TopicTemplate("{aggregate_type}"), "plain", "", lambda _: None, encoding)
+
+
+def route_stored(row: dict[str, bytes | None], encoding: Encoding) -> Record:
+    router = stored_router(encoding)
+    plan = router.compile(relation(COLUMNS))
+    assert plan
+    return Record(*plan.read(frames.insert(7, [row[name] for name in COLUMNS]), COMMIT_TIME_MS))
+
+
+def test_text_arrives_as_it_is_stored_and_leaves_as_utf8() -> None:
+    row = {**ROW, "aggregate_id": "grün".encode("latin-1"), "payload": '"ß"'.encode("latin-1")}
+    record = route_stored(row, LATIN1)
+    assert (record.key, record.value) == ("grün".encode(), '"ß"'.encode())
+    record = route_stored({**ROW, "aggregate_id": "grün".encode()}, ASCII)
+    assert record.key == "grün".encode()
+
+
+@pytest.mark.parametrize("column", ["id", "aggregate_id", "event_type", "payload", "headers"])
+def test_bytes_that_are_no_text_are_poison_and_kept(column: str) -> None:
+    row = {**ROW, column: b'{"x": "\xff"}'}
+    with pytest.raises(MalformedStream, match="0xff at 7"):
+        route_stored(row, ASCII)
+    described = stored_router(ASCII).describe(relation(COLUMNS), frames.insert(7, [row[name] for name in COLUMNS]), 1)
+    assert described.topic == "order"
+    assert described.payload == row["payload"]
 
 
 def test_headers_may_be_null_in_json_too() -> None:

@@ -1,0 +1,176 @@
+"""Rows that can be committed and hardly be carried, from outside: the way out for them never fails on the row."""
+
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psycopg
+import pytest
+
+from acceptance.conftest import StartRelay
+from cdc_outbox.demo.relay import RelayProcess
+from cdc_outbox.postgres.encodings import _CODECS
+from support import command
+from support.world import World, create_topic, headers_of, make_world
+
+
+def lenient(world: World) -> World:
+    world.settings["CDC_OUTBOX_RELAY__ON_POISON"] = "dead-letter"
+    world.migrate()
+    return world
+
+
+@pytest.fixture(params=["default", "15"])
+def server(request: pytest.FixtureRequest) -> str:
+    dsn: str = (
+        request.getfixturevalue("postgres")
+        if request.param == "default"
+        else request.getfixturevalue("other_postgres")(request.param)
+    )
+    return dsn
+
+
+@pytest.fixture
+def latin1_world(server: str, kafka: str) -> Iterator[World]:
+    with make_world(server, kafka, encoding="LATIN1") as world:
+        yield lenient(world)
+
+
+@pytest.fixture
+def relay(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RelayProcess]:
+    world: World = request.getfixturevalue("latin1_world")
+    with run(world, tmp_path) as process:
+        yield process
+
+
+def run(world: World, folder: Path) -> RelayProcess:
+    environment = {name: value for name, value in world.environment.items() if name != "CDC_OUTBOX_HTTP__LISTEN"}
+    return RelayProcess(environment, folder / "relay.log")
+
+
+def dead_letters(world: World) -> list[dict[str, Any]]:
+    listed = json.loads(command.run(world.environment, "dead-letters", "list", "--json").out)
+    return [
+        json.loads(command.run(world.environment, "dead-letters", "show", str(letter["id"]), "--json").out)
+        for letter in listed
+    ]
+
+
+def small_topic(world: World) -> str:
+    """A type whose topic takes 3,000 bytes."""
+    aggregate_type = f"{world.name}_small"
+    create_topic(world.bootstrap_servers, f"outbox.{aggregate_type}", partitions=1, **{"max.message.bytes": "3000"})
+    return aggregate_type
+
+
+def test_headers_that_the_database_cannot_write(latin1_world: World, tmp_path: Path) -> None:
+    r"""\u20ac is in JSON's text, and in no LATIN1."""
+    world = latin1_world
+    small, aggregate_type = small_topic(world), world.create_topic()
+    headers = r'{"price": "5 \u20ac", "name": "grün"}'
+    bad = world.insert(small, payload=json.dumps({"x": os.urandom(3000).hex()}), headers=headers)
+    good = world.insert(aggregate_type, "größe", payload='{"ß": 1}', headers=headers)
+    with run(world, tmp_path):
+        world.wait_until_confirmed()
+        (letter,) = dead_letters(world)
+        assert letter["event_id"] == bad
+        assert letter["headers"][-2:] == [["price", "5 €"], ["name", "grün"]]
+        message, *_ = world.read(aggregate_type, 1)  # sent twice, perhaps: the refusal came after it
+        assert (message.key(), message.value()) == ("größe".encode(), '{"ß": 1}'.encode())
+        assert headers_of(message) == [("id", good), ("type", "tested"), ("price", "5 €"), ("name", "grün")]
+        topic = f"outbox.{aggregate_type}"
+        assert command.run(world.environment, "dead-letters", "redrive", str(letter["id"]), "--topic", topic).out
+        world.wait_until_confirmed()
+        again = world.read(aggregate_type, 2)
+        assert [headers_of(message)[2] for message in again if headers_of(message)[0] == ("id", bad)] == [
+            ("price", "5 €")
+        ]
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "WIN1252"])
+def test_a_byte_that_is_no_text(kafka: str, server: str, tmp_path: Path, encoding: str) -> None:
+    """In any column."""
+    stored = "convert_from('\\x7b2278223a228190227d'::bytea, getdatabaseencoding()::name)"
+    with make_world(server, kafka, encoding=encoding) as world:
+        lenient(world)
+        aggregate_type = world.create_topic()
+        row = {
+            "aggregate_type": aggregate_type,
+            "aggregate_id": "a",
+            "event_type": "t",
+            "payload": "{}",
+            "headers": "{}",
+        }
+        good = [world.insert(aggregate_type)]
+        bad = []
+        for column in row:
+            bad.append(str(uuid.uuid4()))
+            value = stored + ("::json" if column in ("payload", "headers") else "")
+            values = ", ".join(value if name == column else "%s" for name in row)
+            world.db.execute(
+                f"INSERT INTO outbox (id, {', '.join(row)}) VALUES (%s, {values})",
+                [bad[-1], *(value for name, value in row.items() if name != column)],
+            )
+            good.append(world.insert(aggregate_type, payload='{"ä": 1}'))
+        with run(world, tmp_path) as relay:
+            world.wait_until_confirmed()
+            letters = dead_letters(world)
+            assert [(letter["event_id"], letter["reason"]) for letter in letters] == [
+                (id_, "undecodable") for id_ in bad
+            ]
+            delivered = [dict(headers_of(message))["id"] for message in world.read(aggregate_type, len(good))]
+            assert delivered == good
+            assert not relay.ended
+        world.db.execute("ALTER TABLE outbox DROP created_at, ADD created_at bigint DEFAULT 0")
+        world.db.execute(f"INSERT INTO outbox (event_type, aggregate_id, payload) VALUES ('t', {stored}, '{{}}')")
+        for verb in ("status", "migrate status", "dead-letters list", "status --stuck 0s"):
+            assert command.run(world.environment, *verb.split()).exit_code == 0, verb
+
+
+def test_conversion_is_that_of_the_server(postgres: str) -> None:
+    """For every byte of every encoding that we convert ourselves."""
+    with psycopg.connect(postgres, autocommit=True) as connection:
+        for encoding, codec in _CODECS.items():
+            if encoding == "SQL_ASCII":
+                continue
+            for byte in range(1, 256):
+                try:
+                    ours: str | None = bytes([byte]).decode(codec)
+                except UnicodeDecodeError:
+                    ours = None
+                try:
+                    theirs = connection.execute("SELECT convert_from(%s, %s)", [bytes([byte]), encoding]).fetchone()
+                except psycopg.DataError:
+                    theirs = (None,)
+                assert theirs == (ours,), (encoding, byte)
+
+
+def test_what_data_says_stays_on_one_line(world: World) -> None:
+    world.migrate()
+    aggregate = "line\nbreak \x1b[31m" + "x" * 10_000
+    world.insert("no topic", aggregate)
+    done = command.run(world.environment, "run")
+    assert done.exit_code == 3
+    assert "aggregate 'line\\nbreak \\x1b[31mxxx" in done.error
+    assert len(done.error) < 1500
+
+
+def test_a_large_event_is_kept_whole(world: World, start_relay: StartRelay) -> None:
+    """In the time that it takes, and the slot is held meanwhile."""
+    world = lenient(world)
+    aggregate_type = world.create_topic()
+    size = 150_000_000
+    world.db.execute("ALTER TABLE outbox ALTER payload TYPE text")
+    world.db.execute(
+        "INSERT INTO outbox (aggregate_type, aggregate_id, event_type, payload) VALUES (%s, 'a', 't', repeat('x', %s))",
+        [aggregate_type, size],
+    )
+    start_relay()
+    good = world.insert(aggregate_type)
+    world.wait_until_confirmed(timeout_seconds=60)
+    row = world.db.execute("SELECT reason, octet_length(payload) FROM cdc_outbox.dead_letter").fetchall()
+    assert row == [("MSG_SIZE_TOO_LARGE", size)]
+    assert [dict(headers_of(message))["id"] for message in world.read(aggregate_type, 1)] == [good]
