@@ -6,6 +6,7 @@ Knows no driver: whether a DSN or a librdkafka key is right is found out at its 
 
 import json
 import os
+import re
 import tomllib
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +30,11 @@ ENV_PREFIX: Final = "CDC_OUTBOX_"
 DEFAULT_FILE: Final = Path("cdc-outbox.toml")
 #: Variables with our prefix that are not keys: the command line reads them.
 _OTHER_VARIABLES: Final = frozenset({"CDC_OUTBOX_CONFIG", "CDC_OUTBOX_LOG_FORMAT", "CDC_OUTBOX_LOG_LEVEL"})
+#: What Kubernetes, and Docker's links, inject beside a service whose name begins as ours; a port has a value like tcp://.
+_INJECTED: Final = re.compile(
+    rf"{ENV_PREFIX[:-1]}(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"
+)
+_INJECTED_PORT: Final = re.compile(rf"{ENV_PREFIX[:-1]}(_\w+)?_PORT=(tcp|udp|sctp)://.*")
 #: A key with one of these in its name holds a secret.
 _SECRET_WORDS: Final = ("dsn", "password", "secret", "key.pem", "token", "sasl.oauthbearer.config", "sasl.jaas.config")
 
@@ -221,8 +227,10 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 def _refuse_unknown_variables() -> None:
     """A variable with our prefix that names no section would be passed over without a word."""
-    for name in os.environ:
+    for name, value in os.environ.items():
         if name.upper().startswith(ENV_PREFIX) and name.upper() not in _OTHER_VARIABLES:
+            if _INJECTED.fullmatch(name) or _INJECTED_PORT.fullmatch(f"{name}={value}"):
+                continue
             section, _, key = name[len(ENV_PREFIX) :].lower().partition("__")
             if section not in Config.model_fields or not key:
                 raise ConfigurationError(

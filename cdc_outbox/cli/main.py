@@ -4,6 +4,9 @@ Exit codes: 0 clean, 1 a bug of ours (with a traceback), 2 usage or configuratio
 failed. A failure is one line on standard error that names the thing and how to mend it.
 """
 
+import errno
+import os
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -14,7 +17,7 @@ import click
 
 from cdc_outbox import __version__
 from cdc_outbox.config import Config, load_config
-from cdc_outbox.errors import CdcOutboxError
+from cdc_outbox.errors import CdcOutboxError, OperatorNeeded
 from cdc_outbox.service import logs
 
 _VERBS: Final = {
@@ -62,6 +65,12 @@ class _Verbs(click.Group):
         except CdcOutboxError as error:
             _say(ctx, error)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try once more at its end
+            _say(ctx, OperatorNeeded("standard output cannot be written to: no space left"))
+            ctx.exit(OperatorNeeded.exit_code)
 
 
 def _say(ctx: click.Context, error: CdcOutboxError) -> None:
@@ -69,7 +78,7 @@ def _say(ctx: click.Context, error: CdcOutboxError) -> None:
         logs.get_logger().error("failed", error=error.message, hint=error.hint, exit_code=error.exit_code)
     else:
         hint = f" -- {error.hint}" if error.hint else ""
-        click.echo(f"error: {error.message}{hint}", err=True)
+        logs.say(f"error: {error.message}{hint}")
 
 
 @click.group(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})

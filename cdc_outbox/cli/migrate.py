@@ -57,7 +57,8 @@ def status(settings: Settings, *, as_json: bool) -> None:
 def sql(settings: Settings, *, failover: bool) -> None:
     """Print what `up` would run, as a script for psql."""
     with _connection(settings.config) as connection:
-        for step in migrations.plan(connection, _target(settings.config), failover=failover):
+        steps = migrations.plan(connection, _target(settings.config), failover=failover)
+        for step in [*steps, migrations.roles_step()]:
             click.echo(f"-- {step.title}\n{step.script}\n")
 
 

@@ -11,7 +11,7 @@ from cdc_outbox.service.supervisor import Supervisor
 def command(settings: Settings) -> None:
     """Relay: tail the log, publish, confirm.
 
-    Reconnects by itself and stands by while another relay has the slot. SIGTERM or SIGINT: publish what was read,
-    confirm it, exit 0; a second signal ends at once.
+    Reconnects by itself and stands by while another relay has the slot. SIGTERM, SIGINT or SIGHUP: publish what was
+    read, confirm it, exit 0; a second signal ends at once.
     """
     Supervisor(settings.config).run()

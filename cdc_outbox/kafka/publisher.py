@@ -14,6 +14,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from cdc_outbox.errors import (
     BatchRefused,
+    BrokenInvariant,
     BrokerUnavailable,
     CdcOutboxError,
     ConfigurationError,
@@ -252,7 +253,8 @@ class Publisher:
     def close(self) -> None:
         """Forget what is still queued, and end librdkafka's threads now rather than when the collector comes by."""
         self.producer.purge(in_queue=True, in_flight=True, blocking=False)
-        del self.producer, self.publish
+        self.publish = _closed  # the hot call holds the producer, too
+        del self.producer
 
     def explain(self, refusal: Any, topic: str) -> CdcOutboxError:
         """What a refused call means. If an earlier event was the cause, raises what that one's report means."""
@@ -281,6 +283,10 @@ class Publisher:
             )
         elif error.code() != KafkaError._ALL_BROKERS_DOWN or not self._trouble:  # noqa: SLF001 - it says less
             self._trouble = error.str()
+
+
+def _closed(*_: Any) -> None:
+    raise BrokenInvariant("an event for a publisher that is closed")
 
 
 def _refuse_broken_promises(settings: ProducerSettings) -> None:

@@ -77,7 +77,12 @@ class TracingPublisher(Publisher):
             span.end()
             on_delivery(error, message)
 
-        self._produce(topic, value, key, partition, delivered, None, timestamp_ms, headers)
+        try:
+            self._produce(topic, value, key, partition, delivered, None, timestamp_ms, headers)
+        except BaseException as error:  # whatever it is: of this attempt there is no report to come
+            span.set_status(Status(StatusCode.ERROR, str(error)))
+            span.end()
+            raise
 
 
 def _id_of(headers: list[tuple[str, bytes | None]]) -> str:

@@ -1,6 +1,6 @@
 """The table cdc_outbox.dead_letter: what the relay puts into it, and what an operator does about it.
 
-Over any connection that has the rights (sql/0005_dead_letters.sql). A dead letter is *open* until it is *redriven* or
+Over any connection that has the rights (sql/0004_dead_letters.sql). A dead letter is *open* until it is *redriven* or
 *discarded*. An open one that somebody wants to be redriven, without an outcome yet, is shown as *redriving*; it can be
 asked for again all the same: a request may be lost with its slot.
 """

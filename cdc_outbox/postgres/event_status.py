@@ -1,7 +1,7 @@
 """What is known of the outbox's rows: which are published, which are stuck, of how many it cannot be told.
 
 Asked by operators, from the notes that the relay has left (settlement.py); view cdc_outbox.event_status says it of each
-row (sql/0007_settled.sql). Needs SELECT in schema cdc_outbox, and on the outbox where its rows are counted.
+row (sql/0006_settled.sql). Needs SELECT in schema cdc_outbox, and on the outbox where its rows are counted.
 """
 
 from dataclasses import dataclass

@@ -273,7 +273,7 @@ def examine_role(connection: Connection, table: Table) -> Findings:
         " FROM pg_roles WHERE rolname = current_user",
     )
     quoted = sql.Identifier(name).as_string()
-    least = "let the relay connect as cdc_outbox_relay (sql/0004_roles.sql)"
+    least = "let the relay connect as cdc_outbox_relay (sql/roles.sql)"
     if is_superuser:
         yield Finding("role", "warning", f"{name} is a superuser: the relay needs REPLICATION only", least)
         yield _examine_schema(connection, quoted)

@@ -31,7 +31,9 @@ _ADVISORY_LOCK: Final = 0x6364636F62
 _TABLE_FILE: Final = "0002_outbox_table.sql"
 _PUBLICATION_FILE: Final = "0003_publication.sql"
 #: Tables of ours whose inserts the relay hears of, and the file that makes each and adds it to the default publication.
-_HEARD_TABLES: Final = {"redrive_request": "0005_dead_letters.sql", "canary": "0008_canary.sql"}
+_HEARD_TABLES: Final = {"redrive_request": "0004_dead_letters.sql", "canary": "0007_canary.sql"}
+#: Roles and all rights to the relay's schema. Not one of the files in order: it comes after everything, each time.
+_ROLES_FILE: Final = "roles.sql"
 _CONDITION: Final = re.compile(r"-- cdc-outbox: only if (.+)")
 
 State = Literal["applied", "pending", "changed", "not needed"]
@@ -79,10 +81,12 @@ class Status:
 
 def load_migrations() -> list[Migration]:
     """The files of sql/ in order: inside the package when installed, beside it in a checkout."""
+    return [Migration(path.name, path.read_text(encoding="utf-8")) for path in sorted(_folder().glob("[0-9]*.sql"))]
+
+
+def _folder() -> Path:
     folder = Path(str(files("cdc_outbox"))) / "sql"
-    if not folder.is_dir():
-        folder = folder.parent.parent / "sql"
-    return [Migration(path.name, path.read_text(encoding="utf-8")) for path in sorted(folder.glob("[0-9]*.sql"))]
+    return folder if folder.is_dir() else folder.parent.parent / "sql"
 
 
 def status(connection: Connection, target: Target) -> list[Status]:
@@ -139,6 +143,11 @@ def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step
     return steps + _view_steps(connection, target, table_is_made=_TABLE_FILE in made)
 
 
+def roles_step() -> Step:
+    """Makes the roles and gives them their rights, whatever they had before. It is not known whether it is needed."""
+    return Step("set the rights of the roles", (_folder() / _ROLES_FILE).read_text(encoding="utf-8"))
+
+
 def up(connection: Connection, target: Target, *, failover: bool, report: Report) -> None:
     """Carry out the plan and check the result. Idempotent; concurrent calls wait for each other.
 
@@ -150,10 +159,45 @@ def up(connection: Connection, target: Target, *, failover: bool, report: Report
             report(step.title)
             with translated(step.title, SLOT_HINTS):
                 connection.execute(step.script.encode())
+        _set_rights(connection, report)
         check_slot(connection, target.slot)
         table = find_table(connection, target.table)
         for waste in wasteful(check_publication(connection, target.publication, table).publication):
             report(waste)
+
+
+def _set_rights(connection: Connection, report: Report) -> None:
+    """Reported if it changes anything; so is what the server warns of."""
+
+    def on_notice(notice: psycopg.errors.Diagnostic) -> None:
+        report(f"warning: {notice.message_primary} -- {notice.message_hint}")
+
+    before, step = _rights(connection), roles_step()
+    connection.add_notice_handler(on_notice)
+    with translated(step.title):
+        connection.execute(step.script.encode())
+    connection.remove_notice_handler(on_notice)
+    if _rights(connection) != before:
+        report(step.title)
+
+
+def _rights(connection: Connection) -> set[tuple[str, ...]]:
+    """All that is granted in the relay's schema."""
+    with translated("looking up rights in cdc_outbox"):
+        rows = connection.execute(
+            """
+            SELECT nspname::text, granted::text FROM pg_namespace, unnest(nspacl) AS granted
+             WHERE nspname = 'cdc_outbox'
+             UNION ALL
+            SELECT relname::text, granted::text FROM pg_class, unnest(relacl) AS granted
+             WHERE relnamespace = 'cdc_outbox'::regnamespace
+             UNION ALL
+            SELECT attrelid::regclass || '.' || attname, granted::text
+              FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid, unnest(attacl) AS granted
+             WHERE relnamespace = 'cdc_outbox'::regnamespace
+            """
+        ).fetchall()
+    return set(rows)
 
 
 def _pending(connection: Connection, target: Target) -> list[Migration]:

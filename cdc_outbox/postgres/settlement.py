@@ -1,7 +1,7 @@
 """Settlement: the relay notes which transactions are settled, and of which heaps every row was sent.
 
 It takes a snapshot now and then, where the log ends just after it, and what the publication sends. When that LSN is
-reached by what is settled, all of it is noted in cdc_outbox.settled (sql/0007_settled.sql says what follows from a
+reached by what is settled, all of it is noted in cdc_outbox.settled (sql/0006_settled.sql says what follows from a
 note, and what does not). The slot's own confirmed position says nothing of that: anybody can move it by hand.
 Source: PostgreSQL manual, "Transaction ID and Snapshot Information Functions".
 """

@@ -26,6 +26,8 @@ from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
 
 _RETRY_SECONDS: Final = 1.0
+#: How long a client may keep us waiting for its next byte, or not take ours.
+_CLIENT_SECONDS: Final = 5.0
 
 
 def ask_readyz(address: str, *, timeout_seconds: float) -> dict[str, Any] | None:
@@ -58,7 +60,7 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Whoever hung up before the answer wants no answer; anything else is a defect of ours, and shown."""
-        if not isinstance(sys.exception(), ConnectionError):
+        if not isinstance(sys.exception(), ConnectionError | TimeoutError):
             super().handle_error(request, client_address)
 
 
@@ -104,6 +106,7 @@ class HttpServer:
         health, metrics = self._health, self._metrics
 
         class Handler(BaseHTTPRequestHandler):
+            timeout = _CLIENT_SECONDS
             server_version = "cdc-outbox"
             sys_version = ""
 

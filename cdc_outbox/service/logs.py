@@ -4,13 +4,31 @@ Event names are snake_case constants where they are logged. No payloads, no secr
 """
 
 import logging
+import os
 import sys
-from typing import Literal
+from contextlib import suppress
+from typing import Final, Literal
 
 import structlog
 from structlog.typing import FilteringBoundLogger
 
+_STDERR: Final = 2
+
 LogFormat = Literal["console", "json"]
+
+
+class _StandardError:
+    """It may be full, or its reader may have gone: then a line is lost, and what it would have told of goes on.
+
+    Written to without a buffer: what stays in one would be tried again at the end, and end the process with 120.
+    """
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            os.write(_STDERR, text.encode(errors="backslashreplace"))
+
+    def flush(self) -> None:
+        """Nothing is held back."""
 
 
 class _Forward(logging.Handler):
@@ -41,10 +59,15 @@ def configure(log_format: LogFormat, level: str) -> None:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=_StandardError()),  # type: ignore[arg-type] # no more is used
         cache_logger_on_first_use=True,
     )
     logging.basicConfig(handlers=[_Forward()], level=logging.WARNING, force=True)
+
+
+def say(line: str) -> None:
+    """A line for people on standard error, lost rather than in the way."""
+    _StandardError().write(f"{line}\n")
 
 
 def get_logger() -> FilteringBoundLogger:

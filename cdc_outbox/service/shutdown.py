@@ -1,4 +1,4 @@
-"""Shutdown: the first SIGTERM or SIGINT asks for a clean end, the second ends the process at once.
+"""Shutdown: the first SIGTERM, SIGINT or SIGHUP asks for a clean end, the second ends the process at once.
 
 Waiting is done on a pipe that the signal handler writes to: a Python lock or event must not be touched in a handler.
 """
@@ -12,7 +12,8 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
-_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT)
+#: SIGHUP comes when a terminal is closed; whoever ignores it (nohup) goes on to.
+_SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class ShutdownRequested(KeyboardInterrupt):
@@ -30,7 +31,8 @@ class Shutdown:
     def install(self) -> None:
         """Take over the process's signals. Call from the main thread."""
         for number in _SIGNALS:
-            signal.signal(number, self._on_signal)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._on_signal)
 
     def request(self) -> None:
         if self._deadline is None:
@@ -63,7 +65,8 @@ class Shutdown:
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
         for number in _SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
         self.request()
         if self._interrupts:
             self._interrupts = False

@@ -171,7 +171,7 @@ def test_redrive(poisoned: World, start_relay: StartRelay) -> None:
     # a topic that data must not name, and one that is not there: neither stops the relay
     world.insert(small(world), payload=too_large())
     world.wait_until_confirmed()
-    for topic, reason in (("secret", "topic_not_allowed"), ("outbox.nope", "not_writable")):
+    for topic, reason in (("secret", "topic_not_allowed"), ("outbox.nope", "topic_missing")):
         redrive(world, 2, "--topic", topic)
         (letter,) = dead_letters(world)
         assert (letter["state"], letter["reason"]) == ("open", reason)

@@ -2,12 +2,14 @@
 
 import json
 import math
+import os
 import signal
 import socket
 import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from urllib.error import HTTPError
 from urllib.request import urlopen
 
@@ -15,6 +17,7 @@ import pytest
 
 from acceptance.conftest import StartRelay
 from cdc_outbox.demo.relay import RelayProcess
+from support import command
 from support.observing import delivered_ids, load, readyz, readyz_state, wait_for_load
 from support.waiting import wait_until
 from support.world import World, create_topic, read_topic
@@ -36,7 +39,7 @@ def end_three_times(
     return ids, delivered_ids(world, aggregate_type, len(ids))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_clean_stop_under_load_resends_nothing(world: World, start_relay: StartRelay, number: signal.Signals) -> None:
     def stop(relay: RelayProcess) -> None:
         relay.process.send_signal(number)
@@ -159,6 +162,69 @@ def test_a_second_signal_ends_at_once() -> None:
             process.wait(0.5)
         process.send_signal(signal.SIGTERM)
         assert process.wait(5) == -signal.SIGTERM
+
+
+@pytest.mark.parametrize("trouble", ["full", "nobody reads"])
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_a_log_that_cannot_be_written_ends_nothing(world: World, tmp_path: Path, trouble: str, log_format: str) -> None:
+    world.migrate()
+    aggregate_type = world.create_topic()
+    if trouble == "full":
+        stderr = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, stderr = os.pipe()
+        os.close(reader)
+
+    def run(*arguments: str, **settings: str) -> subprocess.Popen[bytes]:
+        environment = command.environment({**world.environment, "CDC_OUTBOX_LOG_FORMAT": log_format, **settings})
+        return subprocess.Popen([command.PROGRAM, *arguments], env=environment, stderr=stderr, cwd=tmp_path)
+
+    try:
+        relay = run("run", CDC_OUTBOX_RELAY__ON_POISON="dead-letter")
+        event_id = world.insert(aggregate_type)
+        world.insert("no topic")
+        world.wait_until_confirmed()
+        assert delivered_ids(world, aggregate_type, 1) == [event_id]
+        relay.terminate()
+        assert relay.wait(20) == 0
+        assert run("run", CDC_OUTBOX_POSTGRES__SLOT="nope").wait(20) == 3
+        assert run("status", CDC_OUTBOX_KAFKA__NOPE="x").wait(20) == 2
+    finally:
+        os.close(stderr)
+
+
+def test_a_full_standard_output_is_said(world: World) -> None:
+    world.migrate()
+    with Path("/dev/full").open("w") as full:
+        for verb in (
+            ["status"],
+            ["status", "--json"],
+            ["config", "show"],
+            ["migrate", "sql"],
+            ["dead-letters", "list"],
+        ):
+            done = subprocess.run(
+                [command.PROGRAM, *verb],
+                env=command.environment(world.environment),
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+            assert (done.returncode, done.stderr) == (
+                3,
+                "error: standard output cannot be written to: no space left\n",
+            ), verb
+
+
+def test_a_client_that_says_nothing_is_let_go(world: World, start_relay: StartRelay) -> None:
+    world.migrate()
+    relay = start_relay()
+    host, port = relay.address.split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as client:
+        client.sendall(b"GET /healthz HT")
+        assert client.recv(100) == b"", "after a while"
+    assert "Traceback" not in relay.said()
 
 
 def test_a_canary_comes_by_until_the_publication_loses_it(world: World, start_relay: StartRelay) -> None:

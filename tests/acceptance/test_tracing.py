@@ -12,6 +12,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 from opentelemetry.proto.trace.v1.trace_pb2 import Span
 
 from acceptance.conftest import StartRelay
+from support.observing import readyz_state
 from support.waiting import wait_until
 from support.world import World, headers_of
 
@@ -54,7 +55,7 @@ def test_a_span_for_each_event_links_to_the_trace_that_wrote_it(world: World, st
     world.migrate()
     aggregate_type = world.create_topic()
     with collector() as (endpoint, spans):
-        start_relay(
+        relay = start_relay(
             CDC_OUTBOX_TRACING__ENABLED="true", OTEL_EXPORTER_OTLP_ENDPOINT=endpoint, OTEL_BSP_SCHEDULE_DELAY="100"
         )
         traced = world.insert(aggregate_type, headers=f'{{"traceparent": "{_TRACEPARENT}"}}')
@@ -62,6 +63,13 @@ def test_a_span_for_each_event_links_to_the_trace_that_wrote_it(world: World, st
         records = {dict(headers_of(record))["id"]: record for record in world.read(aggregate_type, 2)}
         assert dict(headers_of(records[traced]))["traceparent"] == _TRACEPARENT
         wait_until(lambda: len(spans) == 2, "both spans")
+        world.db.execute(
+            "SELECT pg_terminate_backend(active_pid) FROM pg_replication_slots WHERE slot_name = %s", [world.slot]
+        )
+        wait_until(lambda: relay.metric('cdc_outbox_reconnects_total{side="postgres"}') == 1, "it reconnects")
+        wait_until(lambda: readyz_state(relay) == "streaming", "and streams again")
+        relay.process.terminate()
+        assert relay.process.wait(20) == 0
     of = {
         value.value.string_value: span
         for span in spans

@@ -50,6 +50,7 @@ def test_every_pod_is_locked_in() -> None:
     ]  # fmt: skip
     assert len(specs) == 2
     for spec in specs:
+        assert spec["enableServiceLinks"] is False, "our own Service's variables look like our configuration"
         assert spec["securityContext"]["runAsNonRoot"]
         for container in spec["containers"]:
             context = container["securityContext"]

@@ -1,11 +1,16 @@
-"""The roles of sql/0004_roles.sql: what the relay's may do, and what nobody gave it."""
+"""The roles of sql/roles.sql: what the relay's may do, and what nobody gave it."""
+
+from pathlib import Path
 
 import psycopg
 import pytest
 from psycopg import conninfo
 
+from cdc_outbox.postgres.migrations import load_migrations
 from support import command
 from support.world import World
+
+SQL = Path(__file__).parents[2] / "sql"
 
 _READABLE = """
     SELECT format('%%s.%%s', nspname, relname)
@@ -53,3 +58,75 @@ def test_the_reader_s_role_sees_everything_but_the_events(every_world: World) ->
         "SELECT has_column_privilege('cdc_outbox_reader', 'cdc_outbox.dead_letter', 'payload', 'SELECT')"
     ).fetchall()
     assert payload == (False,)
+
+
+def rights(world: World, role: str) -> list[tuple[str, ...]]:
+    """All that ``role`` may do to the relay's tables, by trying: table, column and right."""
+    return world.db.execute(
+        """
+        SELECT relname, attname, held
+          FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid AND attnum > 0 AND NOT attisdropped,
+               unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'REFERENCES']) AS held
+         WHERE relnamespace = 'cdc_outbox'::regnamespace AND relkind IN ('r', 'v', 'S')
+           AND has_column_privilege(%(role)s, pg_class.oid, attname, held)
+         UNION ALL
+        SELECT relname, NULL, held FROM pg_class, unnest(ARRAY['DELETE', 'TRUNCATE', 'TRIGGER']) AS held
+         WHERE relnamespace = 'cdc_outbox'::regnamespace AND relkind IN ('r', 'v')
+           AND has_table_privilege(%(role)s, pg_class.oid, held)
+         ORDER BY 1, 2, 3
+        """,
+        {"role": role},
+    ).fetchall()
+
+
+#: What somebody, or an earlier version of these files, may have left.
+_BEFORE = (
+    "GRANT ALL ON ALL TABLES IN SCHEMA cdc_outbox TO cdc_outbox_reader, cdc_outbox_relay",
+    "GRANT SELECT (payload, key), UPDATE (note) ON cdc_outbox.dead_letter TO cdc_outbox_reader",
+    "GRANT CREATE ON SCHEMA cdc_outbox TO cdc_outbox_relay",
+    "ALTER DEFAULT PRIVILEGES IN SCHEMA cdc_outbox GRANT SELECT ON TABLES TO cdc_outbox_reader",
+    "REVOKE ALL ON ALL TABLES IN SCHEMA cdc_outbox FROM cdc_outbox_reader, cdc_outbox_relay",
+)
+
+
+def test_rights_are_the_same_whatever_was_before(every_world: World) -> None:
+    world = every_world
+    world.migrate()
+    roles = ("cdc_outbox_relay", "cdc_outbox_reader")
+    before = {role: rights(world, role) for role in roles}
+    for files in (["roles.sql"], [migration.name for migration in load_migrations()] + ["roles.sql"]):
+        for mess in _BEFORE:
+            world.db.execute(mess.encode())
+            for file in files:
+                world.db.execute((SQL / file).read_bytes())
+            assert {role: rights(world, role) for role in roles} == before, mess
+            world.db.execute("CREATE TABLE cdc_outbox.later (x int)")
+            assert [name for role in roles for name, *_ in rights(world, role) if name == "later"] == []
+            world.db.execute("DROP TABLE cdc_outbox.later")
+    assert command.run(world.environment, "migrate", "up").out == "nothing to do\n"
+    assert ("dead_letter", "payload", "SELECT") not in before["cdc_outbox_reader"]
+    assert {held for _, _, held in before["cdc_outbox_reader"]} == {"SELECT"}
+
+
+def test_a_role_that_was_made_later_gets_its_rights(world: World) -> None:
+    world.migrate()
+    wanted = rights(world, "cdc_outbox_reader")
+    world.db.execute("REVOKE ALL ON ALL TABLES IN SCHEMA cdc_outbox FROM cdc_outbox_reader")
+    assert command.run(world.environment, "migrate", "up").out == "set the rights of the roles\n"
+    assert rights(world, "cdc_outbox_reader") == wanted
+
+
+def test_roles_that_cannot_be_made_are_said(world: World) -> None:
+    """By an administrator who owns the database and may make no roles."""
+    world.migrate()
+    owner = f"{world.name}_owner"
+    script = (SQL / "roles.sql").read_text().replace("cdc_outbox_r", f"{world.name}_r")
+    world.db.execute(f"CREATE ROLE {owner}; ALTER SCHEMA cdc_outbox OWNER TO {owner}")
+    notices: list[str] = []
+    world.db.add_notice_handler(lambda notice: notices.append(f"{notice.message_primary} {notice.message_hint}"))
+    try:
+        world.db.execute(f"SET ROLE {owner}; {script}")
+        assert "roles of cdc-outbox were not created" in notices[0]
+        assert "sql/roles.sql" in notices[0]
+    finally:
+        world.db.execute(f"RESET ROLE; REASSIGN OWNED BY {owner} TO current_user; DROP ROLE {owner}")

@@ -89,9 +89,36 @@ def test_unmapped_headers_are_optional() -> None:
     assert "headers" not in load_config(None).outbox.columns.mapping()
 
 
+@pytest.mark.parametrize("service", ["", "_POSTGRES", "_SERVICE", "_2"])
+def test_what_kubernetes_injects_is_passed_over(monkeypatch: pytest.MonkeyPatch, service: str) -> None:
+    """Of services called cdc-outbox, cdc-outbox-postgres and so on."""
+    monkeypatch.setenv("CDC_OUTBOX_POSTGRES__DSN", "host=h")
+    plain = load_config(None)
+    for name, value in injected(f"CDC_OUTBOX{service}").items():
+        monkeypatch.setenv(name, value)
+    assert load_config(None) == plain
+
+
+def injected(service: str) -> dict[str, str]:
+    """As a kubelet does, for one with a port called http and one that has no name."""
+    variables = {f"{service}_SERVICE_HOST": "10.0.0.1", f"{service}_SERVICE_PORT": "9646"}
+    variables[f"{service}_SERVICE_PORT_HTTP"] = "9646"
+    variables[f"{service}_PORT"] = "tcp://10.0.0.1:9646"
+    for port, protocol in ((9646, "tcp"), (53, "udp")):
+        variables[f"{service}_PORT_{port}_{protocol.upper()}"] = f"{protocol}://10.0.0.1:{port}"
+        variables[f"{service}_PORT_{port}_{protocol.upper()}_PROTO"] = protocol
+        variables[f"{service}_PORT_{port}_{protocol.upper()}_PORT"] = str(port)
+        variables[f"{service}_PORT_{port}_{protocol.upper()}_ADDR"] = "10.0.0.1"
+    return variables
+
+
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
+        ("HTTP_PORT", "9646", "CDC_OUTBOX_HTTP_PORT names no key"),
+        ("SERVICE_SHUTDOWN_TIMEOUT_SECONDS", "5", "CDC_OUTBOX_SERVICE_SHUTDOWN_TIMEOUT_SECONDS names no key"),
+        ("POSTGRES_SERVICE_HOSTS", "h", "CDC_OUTBOX_POSTGRES_SERVICE_HOSTS names no key"),
+        ("PORT_9646_TCP_NAME", "h", "CDC_OUTBOX_PORT_9646_TCP_NAME names no key"),
         ("POSTGRES__SLOTT", "x", "unknown key postgres.slott"),
         ("OUTBOX__COLUMNS__IDD", "x", "unknown key outbox.columns.idd"),
         ("NOPE__X", "x", "CDC_OUTBOX_NOPE__X names no key"),
@@ -109,7 +136,8 @@ def test_a_bad_variable_is_named(monkeypatch: pytest.MonkeyPatch, name: str, val
     monkeypatch.setenv(f"CDC_OUTBOX_{name}", value)
     with pytest.raises(ConfigurationError) as caught:
         load_config(None)
-    assert caught.value.message.startswith((message, f"environment variable {message}"))
+    assert message in caught.value.message
+    assert caught.value.message.startswith((message, "environment variable"))
 
 
 def test_the_missing_dsn_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,11 +22,3 @@ COMMENT ON COLUMN cdc_outbox.confirmation.confirmed_lsn IS 'Confirmed when this 
 COMMENT ON COLUMN cdc_outbox.confirmation.limit_lsn IS 'No relay confirms beyond this without raising it first';
 COMMENT ON COLUMN cdc_outbox.confirmation.decoded_transactions IS 'total_txns of pg_stat_replication_slots';
 COMMENT ON COLUMN cdc_outbox.confirmation.counted_since IS 'If this differs, that counter began anew for another reason';
-
-DO $$
-BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_relay') THEN
-        GRANT USAGE ON SCHEMA cdc_outbox TO cdc_outbox_relay;
-        GRANT SELECT, INSERT, UPDATE ON cdc_outbox.confirmation TO cdc_outbox_relay;
-    END IF;
-END $$;

@@ -8,8 +8,6 @@
 -- waits for a synchronous standby the request has come through the log already, and no other session sees what else its
 -- transaction wrote, or can change a row that it has changed. Rows of both may be deleted at any time.
 --
--- Dead letters hold payloads: cdc_outbox_reader sees everything of them but payload, key and headers.
---
 -- Run as: the owner of schema cdc_outbox and of the publication. Safe to run again.
 
 CREATE TABLE IF NOT EXISTS cdc_outbox.dead_letter (
@@ -79,18 +77,6 @@ COMMENT ON TABLE cdc_outbox.redrive_outcome IS 'What came of each request in red
 
 DO $$
 BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_reader') THEN
-        REVOKE SELECT ON cdc_outbox.dead_letter FROM cdc_outbox_reader;
-        GRANT SELECT (id, system_identifier, slot, commit_lsn, ordinal, committed_at, event_id, aggregate_type,
-                      aggregate_id, event_type, topic, reason, detail, attempts, created_at, state, state_changed_at,
-                      state_changed_by, note)
-            ON cdc_outbox.dead_letter TO cdc_outbox_reader;
-    END IF;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_relay') THEN
-        GRANT USAGE ON SCHEMA cdc_outbox TO cdc_outbox_relay;
-        GRANT SELECT, INSERT, UPDATE ON cdc_outbox.dead_letter TO cdc_outbox_relay;
-        GRANT SELECT, INSERT ON cdc_outbox.redrive_outcome TO cdc_outbox_relay;
-    END IF;
     IF EXISTS (SELECT FROM pg_publication WHERE pubname = 'cdc_outbox' AND NOT puballtables)
        AND NOT EXISTS (SELECT FROM pg_publication_tables
                         WHERE pubname = 'cdc_outbox' AND schemaname = 'cdc_outbox' AND tablename = 'redrive_request')

@@ -157,18 +157,4 @@ BEGIN
     END;
     COMMENT ON VIEW cdc_outbox.event_status IS
         'What became of each row: pending (will come), published, unknown (cannot be told), dead, discarded';
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_reader') THEN
-        GRANT SELECT ON cdc_outbox.event_status TO cdc_outbox_reader;
-    END IF;
-END $$;
-
-DO $$
-BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_relay') THEN
-        GRANT USAGE ON SCHEMA cdc_outbox TO cdc_outbox_relay;
-        GRANT SELECT, INSERT, DELETE ON cdc_outbox.settled, cdc_outbox.coverage TO cdc_outbox_relay;
-    END IF;
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_reader') THEN
-        GRANT SELECT ON cdc_outbox.settled, cdc_outbox.coverage, cdc_outbox.outbox TO cdc_outbox_reader;
-    END IF;
 END $$;

@@ -2,7 +2,7 @@
 -- purpose: planted by the relay every canary.every_seconds (off by default) and by `cdc-outbox doctor`, it goes the way
 -- of every event, into a topic of its own. The table is an outbox like any other, so it belongs to the publication.
 --
--- It holds the last canary only, and may be emptied at any time.
+-- A canary is deleted in the transaction that writes it: it is in the log, and the table stays empty.
 --
 -- Run as: the owner of schema cdc_outbox and of the publication. Safe to run again.
 
@@ -19,10 +19,6 @@ COMMENT ON COLUMN cdc_outbox.canary.aggregate_id IS 'The slot it is meant for';
 
 DO $$
 BEGIN
-    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_relay') THEN
-        GRANT USAGE ON SCHEMA cdc_outbox TO cdc_outbox_relay;
-        GRANT SELECT, INSERT, DELETE ON cdc_outbox.canary TO cdc_outbox_relay;
-    END IF;
     IF EXISTS (SELECT FROM pg_publication WHERE pubname = 'cdc_outbox' AND NOT puballtables)
        AND NOT EXISTS (SELECT FROM pg_publication_tables
                         WHERE pubname = 'cdc_outbox' AND schemaname = 'cdc_outbox' AND tablename = 'canary')

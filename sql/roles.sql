@@ -1,0 +1,74 @@
+-- Why: the relay should run with the least it needs, and whoever watches it with less. All rights to schema cdc_outbox are
+-- given here and nowhere else, so that whatever ran before, and in whatever order, these are the rights afterwards.
+--
+--   cdc_outbox_relay   logs in and streams. It needs no SELECT on the outbox and gets none. Be aware what REPLICATION
+--                      means in PostgreSQL: it may stream any table through any publication, and drop any slot.
+--   cdc_outbox_reader  cannot log in; GRANT it to whoever may read the relay's state: not the events, so of dead letters
+--                      everything but payload, key and headers.
+--
+-- Roles belong to the whole server. One that exists already is left as it is. Where this database's administrator may
+-- not create a role with REPLICATION (managed services), a warning says so: make the role the provider's way
+-- (for example GRANT rds_replication), or let the relay connect as a role of yours to which you GRANT cdc_outbox_relay.
+-- cdc_outbox_relay has no password, so it cannot log in with one until you set it:
+--     ALTER ROLE cdc_outbox_relay PASSWORD '...';   -- or a certificate, or peer
+--
+-- Run as: the owner of schema cdc_outbox; to make the roles, with CREATEROLE and the right to grant REPLICATION. It comes
+-- after all other files, `cdc-outbox migrate up` runs it each time, and it is safe to run again: after a role was made.
+
+DO $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_reader') THEN
+        CREATE ROLE cdc_outbox_reader NOLOGIN;
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_relay') THEN
+        CREATE ROLE cdc_outbox_relay LOGIN REPLICATION;
+    END IF;
+EXCEPTION
+    WHEN insufficient_privilege THEN
+        RAISE WARNING 'roles of cdc-outbox were not created: %', SQLERRM
+            USING HINT = 'Let an administrator run sql/roles.sql, or use roles of your own.';
+    WHEN duplicate_object OR unique_violation THEN
+        NULL;  -- another database of this server is being migrated at this very moment
+END $$;
+
+DO $$
+DECLARE
+    named text;
+    default_owner name;
+BEGIN
+    FOREACH named IN ARRAY ARRAY['cdc_outbox_relay', 'cdc_outbox_reader'] LOOP
+        CONTINUE WHEN NOT EXISTS (SELECT FROM pg_roles WHERE rolname = named);
+        EXECUTE format('REVOKE ALL ON SCHEMA cdc_outbox FROM %I', named);
+        EXECUTE format('REVOKE ALL ON ALL TABLES IN SCHEMA cdc_outbox FROM %I', named);
+        EXECUTE format('REVOKE ALL ON ALL SEQUENCES IN SCHEMA cdc_outbox FROM %I', named);
+        FOR default_owner IN
+            SELECT pg_get_userbyid(defaclrole) FROM pg_default_acl
+             WHERE defaclnamespace = 'cdc_outbox'::regnamespace AND defaclobjtype = 'r'
+        LOOP
+            EXECUTE format('ALTER DEFAULT PRIVILEGES FOR ROLE %I IN SCHEMA cdc_outbox REVOKE ALL ON TABLES FROM %I',
+                           default_owner, named);
+        END LOOP;
+        EXECUTE format('GRANT USAGE ON SCHEMA cdc_outbox TO %I', named);
+    END LOOP;
+
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_relay') THEN
+        GRANT SELECT, INSERT, UPDATE ON cdc_outbox.confirmation, cdc_outbox.dead_letter TO cdc_outbox_relay;
+        GRANT SELECT, INSERT ON cdc_outbox.redrive_outcome TO cdc_outbox_relay;
+        GRANT SELECT, INSERT, DELETE ON cdc_outbox.settled, cdc_outbox.coverage, cdc_outbox.canary TO cdc_outbox_relay;
+    END IF;
+
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_reader') THEN
+        GRANT SELECT ON cdc_outbox.schema_migration, cdc_outbox.confirmation, cdc_outbox.settled, cdc_outbox.coverage,
+                        cdc_outbox.outbox, cdc_outbox.redrive_outcome, cdc_outbox.canary TO cdc_outbox_reader;
+        -- a request may name a key in place of the dead letter's
+        GRANT SELECT (id, slot, dead_letter_id, topic, requested_by, requested_at)
+            ON cdc_outbox.redrive_request TO cdc_outbox_reader;
+        GRANT SELECT (id, system_identifier, slot, commit_lsn, ordinal, committed_at, event_id, aggregate_type,
+                      aggregate_id, event_type, topic, reason, detail, attempts, created_at, state, state_changed_at,
+                      state_changed_by, note)
+            ON cdc_outbox.dead_letter TO cdc_outbox_reader;
+        IF to_regclass('cdc_outbox.event_status') IS NOT NULL THEN
+            GRANT SELECT ON cdc_outbox.event_status TO cdc_outbox_reader;
+        END IF;
+    END IF;
+END $$;
