@@ -18,7 +18,7 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
-from cdc_outbox.errors import OperatorNeeded
+from cdc_outbox.errors import OperatorNeeded, SourceUnavailable
 from cdc_outbox.postgres.connection import Connection, explain, translated
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.server import TIMELINE, Server
@@ -34,6 +34,9 @@ _COUNTED: Final = f"""
                      coalesce(extract(epoch FROM counter.stats_reset), 0)) AS since
       FROM pg_stat_archiver AS archiver LEFT JOIN pg_stat_replication_slots AS counter ON counter.slot_name = {{slot}}
 """  # noqa: S608 - a constant
+
+#: Asked of the server's memory, not of a snapshot.
+_IS_OURS: Final = sql.SQL("(SELECT active_pid FROM pg_replication_slots WHERE slot_name = {slot}) = {pid}")
 
 
 class Continuity:
@@ -75,21 +78,27 @@ class Continuity:
         self._limit = LSN(0)
         self._compare_with_what_was_noted(connection, server)
 
-    def note(self, connection: Connection, confirmed: LSN, *, limit: LSN) -> None:
-        """To be called before anything beyond ``self.limit`` is confirmed. Durable when it returns."""
+    def note(self, connection: Connection, confirmed: LSN, *, limit: LSN, walsender_pid: int) -> None:
+        """To be called before anything beyond ``self.limit`` is confirmed. Durable when it returns.
+
+        Raises SourceUnavailable if the slot is no longer ``walsender_pid``'s: a relay that was frozen for long must not
+        overwrite what its successor has noted. That is looked at while the note is locked.
+        """
         assert self._server is not None  # `check` comes first
         with translated("noting what is confirmed in cdc_outbox.confirmation"):
-            connection.execute(
+            noted = connection.execute(
                 sql.SQL(
                     """
                     INSERT INTO cdc_outbox.confirmation
                            (slot, system_identifier, confirmed_lsn, limit_lsn, decoded_transactions, counted_since)
                     SELECT {slot}, {system}, {confirmed}::pg_lsn, {limit}::pg_lsn, transactions, since
                       FROM ({counted}) AS counted
+                     WHERE {is_ours}
                         ON CONFLICT (slot) DO UPDATE
                        SET (system_identifier, confirmed_lsn, limit_lsn, decoded_transactions, counted_since, noted_at)
                          = (excluded.system_identifier, excluded.confirmed_lsn, excluded.limit_lsn,
                             excluded.decoded_transactions, excluded.counted_since, now())
+                     WHERE {is_ours}
                     """
                 ).format(
                     slot=self._slot,
@@ -97,8 +106,11 @@ class Continuity:
                     confirmed=str(confirmed),
                     limit=str(limit),
                     counted=_counted(self._slot),
+                    is_ours=_IS_OURS.format(slot=self._slot, pid=walsender_pid),
                 )
-            )
+            ).rowcount
+        if not noted:
+            raise SourceUnavailable(f"replication slot {self._slot!r} is not ours any more: it was taken over")
         self._limit = limit
 
     def confirmed(self, lsn: LSN) -> None:

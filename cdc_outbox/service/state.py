@@ -69,13 +69,17 @@ class RelayState:
         config: Config,
         confirmed: LSN,
         sent: SentTable,
+        walsender_pid: int,
     ) -> None:
-        """``confirmed`` is where the slot stands: dead letters after it may come by once more."""
+        """``confirmed`` is where the slot stands: dead letters after it may come by once more. ``walsender_pid`` is the
+        stream's, which has the slot.
+        """
         self._connection = connection
         self._continuity = continuity
         self._metrics = metrics
         self._slot = slot = config.postgres.slot
         self._on_poison = config.relay.on_poison
+        self._walsender_pid = walsender_pid
         self._canary_topic = config.canary.topic
         self._log = get_logger()
         self._settlement = Settlement(connection, slot, continuity.system_identifier, sent, confirmed=confirmed)
@@ -171,7 +175,7 @@ class RelayState:
             self._settlement.carried()
         if last:
             self._settlement.settled(lsn)
-            self._continuity.note(self._connection, lsn, limit=lsn)
+            self._note(lsn, limit=lsn)
         elif lsn > self._continuity.limit:
             self._note_what_is_due(lsn, is_needed=True)
         elif not self._is_server_stopping:
@@ -188,8 +192,11 @@ class RelayState:
         is_old = self._unnoted and now - self._noted_at >= _NOTE_EVERY_SECONDS
         # The snapshot first: on an idle server it is the note's commit that takes the log past it.
         if self._settlement.take_if_due() or is_old or is_needed:
-            self._continuity.note(self._connection, lsn, limit=LSN(lsn + HEADROOM_BYTES))
+            self._note(lsn, limit=LSN(lsn + HEADROOM_BYTES))
             self._noted_at, self._unnoted = now, False
+
+    def _note(self, lsn: LSN, *, limit: LSN) -> None:
+        self._continuity.note(self._connection, lsn, limit=limit, walsender_pid=self._walsender_pid)
 
 
 def stopped_by(letter: DeadLetter) -> PoisonEvent:

@@ -122,7 +122,7 @@ class Supervisor:
                 route = self._prepare(connection, publisher)
                 if self._take_slot(connection, stream, publisher):
                     route = self._prepare(connection, publisher)
-                state = self._make_state(connection, route.sent)
+                state = self._make_state(connection, stream, route.sent)
             self._streaming_since = time.monotonic()
             self._health.become("streaming")
             self._relay(stream, publisher, route.routing, state)
@@ -176,7 +176,7 @@ class Supervisor:
                 hint="they are not lost: the slot keeps them, the next start publishes them",
             )
 
-    def _make_state(self, connection: BoundedConnection, sent: SentTable) -> SessionState:
+    def _make_state(self, connection: BoundedConnection, stream: ReplicationStream, sent: SentTable) -> SessionState:
         config = self._config
         if self._continuity.is_noted:
             slot = check_slot(connection, config.postgres.slot)
@@ -187,6 +187,7 @@ class Supervisor:
                 config=config,
                 confirmed=slot.confirmed_lsn or LSN(0),
                 sent=sent,
+                walsender_pid=stream.backend_pid,
             )
         trouble = "schema cdc_outbox is not installed, or this role has no right to it"
         mend = "run `cdc-outbox migrate up`, and GRANT cdc_outbox_relay to a role of your own"

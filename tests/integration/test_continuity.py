@@ -1,11 +1,11 @@
 """Continuity against real servers: a slot that is not the one that was confirmed to is noticed, any other is not."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 
-from cdc_outbox.errors import OperatorNeeded
+from cdc_outbox.errors import OperatorNeeded, SourceUnavailable
 from cdc_outbox.postgres.connection import connect
 from cdc_outbox.postgres.continuity import HEADROOM_BYTES, Continuity
 from cdc_outbox.postgres.lsn import LSN
@@ -49,7 +49,7 @@ def relay_one(world: World, continuity: Continuity, *, limit_bytes: int = HEADRO
 
         wait_until(counted, "the server has decoded and counted it")
         with connect(world.dsn) as connection:
-            continuity.note(connection, end, limit=LSN(end + limit_bytes))
+            continuity.note(connection, end, limit=LSN(end + limit_bytes), walsender_pid=stream.backend_pid)
         stream.send_status(end)
         continuity.confirmed(end)
     return end
@@ -150,3 +150,20 @@ def test_without_the_schema_or_a_right_to_it_nothing_can_be_told(every_world: Wo
         assert check(bare, Continuity(world.slot)) is False
     finally:
         world.db.execute(f"DROP ROLE {role}".encode())
+
+
+def test_a_relay_that_has_lost_the_slot_notes_nothing(migrated: World) -> None:
+    """It was frozen, and wakes up behind its successor."""
+    frozen, successor = Continuity(migrated.slot), Continuity(migrated.slot)
+    assert check(migrated, frozen)
+    with streaming(migrated) as stream:
+        pid = stream.backend_pid
+    end = relay_one(migrated, successor)
+    noted = migrated.db.execute("SELECT * FROM cdc_outbox.confirmation").fetchall()
+    with connect(migrated.dsn) as connection:
+        for while_streaming in (False, True):
+            taken_over = streaming(migrated) if while_streaming else nullcontext()
+            with taken_over, pytest.raises(SourceUnavailable, match="not ours any more"):
+                frozen.note(connection, LSN(end - 8), limit=LSN(end - 8), walsender_pid=pid)
+    assert migrated.db.execute("SELECT * FROM cdc_outbox.confirmation").fetchall() == noted
+    assert check(migrated, successor)

@@ -290,17 +290,31 @@ def bounded(migrated: World) -> Iterator[BoundedConnection]:
         yield connection
 
 
+@pytest.fixture
+def stream(migrated: World) -> Iterator[ReplicationStream]:
+    with ReplicationStream(migrated.dsn) as made:
+        yield made
+
+
 def test_what_was_settled_while_a_snapshot_waited_is_noted_too(
-    migrated: World, bounded: BoundedConnection, monkeypatch: pytest.MonkeyPatch
+    migrated: World, bounded: BoundedConnection, stream: ReplicationStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cdc_outbox.postgres.settlement._TAKE_EVERY_SECONDS", 0)
     continuity = Continuity(migrated.slot)
-    with ReplicationStream(migrated.dsn) as stream:
-        continuity.check(migrated.db, stream.identify())
     confirmed = migrated.confirmed_lsn()
+    continuity.check(migrated.db, stream.identify())
+    stream.start(migrated.slot, "cdc_outbox")
     sent = check_publication(migrated.db, "cdc_outbox", catalog.find_table(migrated.db, "public.outbox"))
     config = Config(postgres={"dsn": migrated.dsn, "slot": migrated.slot})
-    state = RelayState(bounded, continuity, Metrics(), config=config, confirmed=confirmed, sent=sent)
+    state = RelayState(
+        bounded,
+        continuity,
+        Metrics(),
+        config=config,
+        confirmed=confirmed,
+        sent=sent,
+        walsender_pid=stream.backend_pid,
+    )
     insert(migrated.db, "before the snapshot")
     state.confirming(confirmed, carried=True)
     insert(migrated.db, "while it waits")
