@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cdc_outbox.cli.main import Settings
+from cdc_outbox.cli.terminal import printable
 from cdc_outbox.postgres import dead_letters
 from cdc_outbox.postgres.connection import Connection, connect
 
@@ -66,15 +67,17 @@ def show(settings: Settings, *, dead_letter_id: int, as_json: bool) -> None:
     if as_json:
         click.echo(orjson.dumps({**letter, **{column: _portable(letter[column]) for column in ("key", "payload")}}))
         return
-    table = Table(show_header=False)
     for column, value in letter.items():
         if column == "headers":
             for name, content in value or []:
-                table.add_row("header", Text(f"{name}: {content}"))
+                _show_field("header", f"{name}: {content}")
         elif value is not None:
-            shown = value.decode(errors="backslashreplace") if isinstance(value, bytes) else str(value)
-            table.add_row(column, Text(shown))
-    Console().print(table)
+            _show_field(column, value)
+
+
+def _show_field(name: str, value: object) -> None:
+    """Not in a table: a payload of megabytes would take a table half a minute."""
+    click.echo(f"{name:>16}  {printable(value if isinstance(value, bytes) else str(value))}")
 
 
 @command.command()
@@ -125,7 +128,7 @@ def _table(letters: list[dead_letters.Row], *, with_state: bool, width: int) -> 
     for head in rest:
         table.add_column(head, no_wrap=True, max_width=room)
     for row, letter in zip(zip(*whole.values(), strict=True), letters, strict=True):
-        table.add_row(*row, *(Text(letter[column] or "") for column in rest.values()))
+        table.add_row(*row, *(Text(printable(letter[column] or "")) for column in rest.values()))
     return table
 
 

@@ -4,6 +4,7 @@ from datetime import timedelta
 
 import click
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 
 from cdc_outbox.cli.duration import Duration
@@ -26,7 +27,7 @@ def command(settings: Settings, *, older_than: timedelta) -> None:
         table = find_table(connection, config.outbox.table)
         console = Console(stderr=True)
         with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task(f"pruning {table}", total=None)
+            task = bar.add_task(escape(f"pruning {table}"), total=None)
             pruned = prune(
                 connection,
                 table,

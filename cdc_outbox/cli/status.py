@@ -8,10 +8,13 @@ import click
 import orjson
 from rich.console import Console
 from rich.filesize import decimal
+from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from cdc_outbox.cli.duration import Duration
 from cdc_outbox.cli.main import Settings
+from cdc_outbox.cli.terminal import printable
 from cdc_outbox.config import Config
 from cdc_outbox.postgres.catalog import find_table
 from cdc_outbox.postgres.connection import connect
@@ -74,7 +77,8 @@ def _show_stuck_rows(count: int, rows: list[StuckRow]) -> None:
     table = Table("outbox id", "aggregate", "event type", "age")
     for row in rows:
         age = "?" if row.seconds is None else str(timedelta(seconds=int(row.seconds)))
-        table.add_row(row.outbox_id, row.aggregate_id, row.event_type, age)
+        told = (row.outbox_id, row.aggregate_id, row.event_type)
+        table.add_row(*(Text(printable(value)) for value in told), age)
     Console().print(table)
     more = f" (the oldest {len(rows)} are shown)" if count > len(rows) else ""
     click.echo(f"{count} stuck{more}")
@@ -94,10 +98,10 @@ def _show(slot: Slot, relay: dict[str, Any] | None, waiting: int | None, config:
         table.add_row("relay", f"[yellow]no answer at {config.http.listen or 'http.listen (turned off)'}[/]")
     else:
         color = "green" if relay["ready"] else "yellow"
-        table.add_row("relay", f"[{color}]{relay['state']}[/] {relay['reason']}")
+        table.add_row("relay", f"[{color}]{relay['state']}[/] {escape(relay['reason'])}")
         table.add_row("oldest unconfirmed", f"{relay['oldest_unconfirmed_seconds']} s")
         for error in relay["last_errors"]:
-            table.add_row("last error", f"{error['error']} {error['hint']}")
+            table.add_row("last error", escape(f"{error['error']} {error['hint']}"))
     Console().print(table)
 
 

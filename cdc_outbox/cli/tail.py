@@ -11,6 +11,7 @@ import click
 import orjson
 
 from cdc_outbox.cli.main import Settings
+from cdc_outbox.cli.terminal import printable
 from cdc_outbox.errors import BrokenInvariant, CdcOutboxError
 from cdc_outbox.postgres.connection import connect_bounded
 from cdc_outbox.postgres.server import check_same_server
@@ -114,8 +115,9 @@ class _Printer:
 
 def _text_line(topic: str, value: bytes | None, key: bytes, timestamp_ms: int, headers: Headers) -> str:
     when = datetime.fromtimestamp(timestamp_ms / 1000, UTC).isoformat(timespec="milliseconds")
-    shown = " ".join(f"{name}={_text(content)}" for name, content in headers)
-    return f"{when} {click.style(topic, fg='cyan')} {click.style(_text(key), bold=True)} {shown} {_text(value)}"
+    shown = printable(" ".join(f"{name}={_text(content)}" for name, content in headers))
+    key_shown = click.style(printable(_text(key)), bold=True)
+    return f"{when} {click.style(topic, fg='cyan')} {key_shown} {shown} {printable(_text(value))}"
 
 
 def _json_line(topic: str, value: bytes | None, key: bytes, timestamp_ms: int, headers: Headers) -> bytes:

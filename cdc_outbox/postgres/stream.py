@@ -77,14 +77,16 @@ class ReplicationStream:
 
     def start(self, slot: str, publication: str) -> None:
         """Raises SlotInUse while another receiver has the slot, OperatorNeeded if it is missing or lost."""
-        names = sql.Literal(sql.Identifier(publication).as_string())
-        command = sql.SQL("START_REPLICATION SLOT {} LOGICAL 0/0 (proto_version '1', publication_names {})")
+        # A string of the replication protocol's own, in which a backslash means nothing.
+        names = sql.Identifier(publication).as_string().replace("'", "''")
+        options = f"proto_version '1', publication_names '{names}'"
+        command = f"START_REPLICATION SLOT {check_slot_name(slot)} LOGICAL 0/0 ({options})"
         self._slot = slot
         lost = slot_anew_hint(slot, self._connection.info.dbname)
         with translated(f"replication slot {slot!r} cannot be read", {"42704": lost, "55000": lost}):
             if Encoding.of_server(self._connection.info.parameter_status("server_encoding") or "").codec:
                 self._connection.execute("SET client_encoding = 'SQL_ASCII'")  # as it is stored, see `encodings`
-            self._connection.execute(command.format(sql.Identifier(check_slot_name(slot)), names))
+            self._connection.execute(command.encode())
         self._pgconn.nonblocking = 1
         self.heard_at = time.monotonic()
 

@@ -92,6 +92,7 @@ def test_a_dead_letter_is_the_whole_event(poisoned: World, start_relay: StartRel
     )  # fmt: skip
     shown = command.run(world.environment, "dead-letters", "show", "1")
     assert "traceparent: 00-1" in shown.out
+    assert payload in shown.out, "on one line"
     document = json.loads(command.run(world.environment, "dead-letters", "show", "1", "--json").out)
     assert document["payload"] == {"text": payload}
     assert document["key"] == {"text": "a-7"}

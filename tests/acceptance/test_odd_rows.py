@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,11 +10,13 @@ from typing import Any
 
 import psycopg
 import pytest
+from psycopg import sql
 
 from acceptance.conftest import StartRelay
 from cdc_outbox.demo.relay import RelayProcess
 from cdc_outbox.postgres.encodings import _CODECS
 from support import command
+from support.waiting import wait_until
 from support.world import World, create_topic, headers_of, make_world
 
 
@@ -174,3 +177,49 @@ def test_a_large_event_is_kept_whole(world: World, start_relay: StartRelay) -> N
     row = world.db.execute("SELECT reason, octet_length(payload) FROM cdc_outbox.dead_letter").fetchall()
     assert row == [("MSG_SIZE_TOO_LARGE", size)]
     assert [dict(headers_of(message))["id"] for message in world.read(aggregate_type, 1)] == [good]
+    began = time.monotonic()
+    shown = command.run(world.environment, "dead-letters", "show", "1")
+    assert time.monotonic() - began < 15
+    assert "x" * size in shown.out
+
+
+@pytest.mark.parametrize("name", ["we%sird", 'a\\b"c', "{x}'[/y]"])
+def test_names_may_hold_anything(world: World, start_relay: StartRelay, name: str) -> None:
+    table, column = sql.Identifier(name, name), sql.Identifier(name)
+    world.db.execute(sql.SQL("CREATE SCHEMA {}").format(column))
+    world.db.execute(
+        sql.SQL(
+            "CREATE TABLE {} ({} uuid DEFAULT gen_random_uuid(), aggregate_id text, event_type text, payload json,"
+            " at timestamptz NOT NULL) PARTITION BY RANGE (at)"
+        ).format(table, column)
+    )
+    for start, end in (("-infinity", "2020-01-01"), ("2020-01-01", "infinity")):
+        partition = sql.Identifier(name, f"{name} {end}")
+        world.db.execute(
+            sql.SQL("CREATE TABLE {} PARTITION OF {} FOR VALUES FROM ({}) TO ({})").format(partition, table, start, end)
+        )
+    world.settings.update(
+        CDC_OUTBOX_OUTBOX__TABLE=table.as_string(),
+        CDC_OUTBOX_OUTBOX__COLUMNS__ID=json.dumps([name]),
+        CDC_OUTBOX_POSTGRES__PUBLICATION=name,
+        CDC_OUTBOX_KAFKA__TOPIC=f"{world.name}.event",
+        CDC_OUTBOX_KAFKA__CREATE_TOPICS="true",
+        CDC_OUTBOX_RELAY__ON_POISON="dead-letter",
+        CDC_OUTBOX_CANARY__TOPIC=f"{world.name}.canary",
+    )
+
+    def verb(*arguments: str) -> command.Done:
+        done = command.run(world.environment, *arguments)
+        assert (done.exit_code, "Traceback" in done.err) == (0, False), done
+        return done
+
+    verb("migrate", "up")
+    assert verb("migrate", "up").out == "nothing to do\n"
+    start_relay()
+    for at in ("2019-01-01", "2021-01-01"):
+        world.db.execute(sql.SQL("INSERT INTO {} VALUES (DEFAULT, 'a', 't', '{{}}', {})").format(table, at))
+    world.db.execute(sql.SQL("INSERT INTO {} VALUES (DEFAULT, NULL, 't', '{{}}', '2021-01-01')").format(table))
+    world.wait_until_confirmed()
+    for arguments in ("status", "status --stuck 0s", "dead-letters list", "dead-letters show 1", "doctor"):
+        verb(*arguments.split())
+    wait_until(lambda: "1 rows pruned" in verb("prune", "--older-than", "0s").out, "the old partition is dropped")
