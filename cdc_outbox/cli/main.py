@@ -27,6 +27,7 @@ _VERBS: Final = {
     "status": "Show slot, lag, readiness and last errors.",
     "doctor": "Check everything `run` needs, and say how to mend what is wrong.",
     "prune": "Delete rows of the outbox that are known to be published.",
+    "topics": "List the topics that events ask for; create those that are missing.",
     "dead-letters": "List, show, redrive or discard events that could not be published.",
     "config": "Show the configuration that is in force.",
     "demo": "Show it all on this machine: PostgreSQL, Kafka, a writer, the relay, a verdict.",

@@ -45,7 +45,7 @@ class Topics:
             return
         create = create or self._create
         if create:
-            self._create_topic(topic)
+            create_topic(self._publisher, topic)
         deadline = time.monotonic() + (_CREATED_SECONDS if create else _PROPAGATION_SECONDS)
         while not self._exists(topic):
             if time.monotonic() > deadline:
@@ -88,15 +88,26 @@ class Topics:
             )
         return metadata.error is None
 
-    def _create_topic(self, topic: str) -> None:
-        """With the broker's own defaults for partitions and replication."""
-        admin = AdminClient(self._publisher.client_settings)
-        created = admin.create_topics([NewTopic(topic, -1, -1)], request_timeout=_REQUEST_SECONDS)[topic]
-        try:
-            created.result()
-        except KafkaException as error:
-            if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
-                raise _cannot_be_created(topic, error.args[0]) from error
+
+def create_topic(
+    publisher: Publisher, topic: str, *, partitions: int | None = None, replication_factor: int | None = None
+) -> None:
+    """Unless it is there. None: the broker's own default. Raises TopicRefused, PoisonEvent, BrokerUnavailable."""
+    admin = AdminClient(publisher.client_settings)
+    wanted = NewTopic(topic, partitions or -1, replication_factor or -1)
+    created = admin.create_topics([wanted], request_timeout=_REQUEST_SECONDS)[topic]
+    try:
+        created.result()
+    except KafkaException as error:
+        if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
+            raise _cannot_be_created(topic, error.args[0]) from error
+
+
+def partitions_of_topics(publisher: Publisher) -> dict[str, int]:
+    """Every topic that is there. Raises BrokerUnavailable, OperatorNeeded."""
+    publisher.connect(_REQUEST_SECONDS)  # says what is wrong, if it does not answer
+    topics = publisher.producer.list_topics(timeout=_REQUEST_SECONDS).topics
+    return {name: len(metadata.partitions) for name, metadata in topics.items()}
 
 
 def _missing_for_event(message: str) -> PoisonEvent:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, Final
 
 import psycopg
-from psycopg import conninfo, pq
+from psycopg import conninfo, pq, sql
 
 from cdc_outbox.errors import (
     CdcOutboxError,
@@ -66,6 +66,12 @@ _SINCE: Final = {
     "restrict_nonsystem_relation_kind": {14: 13, 15: 8, 16: 4, 17: 0},
 }
 
+#: For what makes a slot.
+SLOT_HINTS: Final = {
+    "53400": "raise max_replication_slots on the server, and restart it",
+    "42501": "ALTER ROLE ... REPLICATION, or as your provider says (GRANT rds_replication TO ...)",
+}
+
 #: Wordings of a refusal that no waiting will change, each with what mends it.
 _REFUSALS: Final = (
     ("password authentication failed", "check the user and password in postgres.dsn, or PGPASSFILE"),
@@ -74,8 +80,8 @@ _REFUSALS: Final = (
     ("no pg_hba.conf entry", "allow this host, user and database in pg_hba.conf"),
     ("pg_hba.conf rejects", "allow this host, user and database in pg_hba.conf"),
     ("is not permitted to log in", "ALTER ROLE ... LOGIN"),
-    ("permission denied to start WAL sender", "ALTER ROLE ... REPLICATION"),
-    ("must be superuser or replication role", "ALTER ROLE ... REPLICATION"),
+    ("permission denied to start WAL sender", SLOT_HINTS["42501"]),
+    ("must be superuser or replication role", SLOT_HINTS["42501"]),
     ("does not exist", "check the database and user in postgres.dsn"),
     ("does not support SSL", "enable TLS on the server, or change sslmode in postgres.dsn"),
     ("certificate", "check sslmode, sslrootcert, sslcert and sslkey in postgres.dsn"),
@@ -89,7 +95,7 @@ _ADMIN_SHUTDOWN: Final = "57P01"
 MIGRATE_HINT: Final = "see that postgres.dsn names the right server and database, then run: cdc-outbox migrate up"
 #: By SQLSTATE, what is true of it whatever was being done. Who knows more gives hints of their own to `translated`.
 _NEEDS_OPERATOR: Final = {
-    "42501": "grant the role what it lacks, or let an administrator run this",
+    "42501": "README.md, 'Who may do what', has the rights that each command needs; or let an administrator run this",
     "42704": "",
     "42P01": MIGRATE_HINT,
     "3F000": MIGRATE_HINT,
@@ -100,10 +106,6 @@ _NEEDS_OPERATOR: Final = {
 #: What passes although its class does not say so: a server that has become a standby, a session that was cut off.
 _PASSING: Final = frozenset({"25006", "25P03", "25P04"})
 _PASSING_CLASSES: Final = ("08", "57", "53", "40", "58", "XX")
-#: For what makes a slot.
-SLOT_HINTS: Final = {"53400": "raise max_replication_slots on the server, and restart it"}
-
-
 STATEMENT_TIMEOUT: Final = "5s"
 
 
@@ -252,6 +254,13 @@ def explain(error: psycopg.Error, what: str, hints: Mapping[str, str] | None = N
     if state is None or state in _PASSING or state[:2] in _PASSING_CLASSES:
         return SourceUnavailable(reason)
     return OperatorNeeded(f"{reason} (SQLSTATE {state})")
+
+
+def granting(connection: Connection, *rights: str, schema: str = "cdc_outbox") -> dict[str, str]:
+    """Hints for ``translated``: what to grant where the role may not do what is done. ``rights`` as GRANT has them."""
+    role = sql.Identifier(connection.info.user).as_string()
+    needed = (f"USAGE ON SCHEMA {sql.Identifier(schema).as_string()}", *rights)
+    return {"42501": "; ".join(f"GRANT {right} TO {role}" for right in needed)}
 
 
 def first_line(text: str) -> str:

@@ -64,7 +64,7 @@ def test_migrate(world: World) -> None:
     pending = json.loads(command.run(world.environment, "migrate", "status", "--json").out)
     assert {entry["state"] for entry in pending} == {"pending"}
     up = command.run(world.environment, "migrate", "up")
-    assert (up.exit_code, len(up.out.splitlines())) == (0, len(pending) + 2)  # slot and view
+    assert (up.exit_code, len(up.out.splitlines())) == (0, len(pending) + 3)  # slot, view and rights
     assert command.run(world.environment, "migrate", "up").out == "nothing to do\n"
     assert command.run(world.environment, "migrate", "sql").out == ""
     table = command.run(world.environment, "migrate", "status")

@@ -1,0 +1,81 @@
+"""Who may do what: each command, tried with a role that has nothing, says what to grant until it works."""
+
+from collections.abc import Iterator
+
+import pytest
+from psycopg import conninfo
+
+from acceptance.conftest import StartRelay
+from support import command
+from support.world import World
+
+COMMANDS = (
+    "status",
+    "status --stuck 0s",
+    "dead-letters list",
+    "dead-letters show 1",
+    "dead-letters redrive 1 --topic nope --key k",
+    "dead-letters discard 2 --reason tested",
+    "prune --older-than 0s",
+    "topics list",
+)
+#: More than these nobody should need: the statements are in README.md, too.
+MOST_GRANTS = 4
+
+
+@pytest.fixture
+def busy(world: World, start_relay: StartRelay) -> World:
+    """With two dead letters."""
+    world.settings["CDC_OUTBOX_RELAY__ON_POISON"] = "dead-letter"
+    world.migrate()
+    relay = start_relay()
+    for _ in range(2):
+        world.insert("no topic")
+    world.wait_until_confirmed()
+    relay.process.terminate()
+    assert relay.process.wait(20) == 0
+    return world
+
+
+@pytest.fixture
+def nobody(busy: World) -> Iterator[str]:
+    """The name of a role that may log in, and nothing else."""
+    name = f"{busy.name}_nobody"
+    busy.db.execute(f"CREATE ROLE {name} LOGIN PASSWORD 'secret'")
+    yield name
+    busy.db.execute(f"DROP OWNED BY {name}; DROP ROLE {name}")
+
+
+@pytest.mark.parametrize("verb", COMMANDS)
+def test_what_a_role_lacks_is_said_as_the_statement_that_grants_it(busy: World, nobody: str, verb: str) -> None:
+    dsn = conninfo.make_conninfo(busy.dsn, user=nobody, password="secret")
+    for _ in range(MOST_GRANTS):
+        done = command.run({**busy.environment, "CDC_OUTBOX_POSTGRES__DSN": dsn}, *verb.split())
+        if done.exit_code == 0:
+            return
+        assert done.exit_code == 3, done
+        assert "permission denied" in done.error
+        _, _, grants = done.error.partition(" -- ")
+        assert grants.startswith("GRANT "), done.error
+        assert f'TO "{nobody}"' in grants
+        busy.db.execute(grants.encode())
+    pytest.fail(f"after {MOST_GRANTS} times it still lacks something: {done.error}")
+
+
+def test_the_relay_s_role_may_not_do_what_operators_do(busy: World) -> None:
+    busy.db.execute("ALTER ROLE cdc_outbox_relay PASSWORD 'pw'")
+    dsn = conninfo.make_conninfo(busy.dsn, user="cdc_outbox_relay", password="pw")
+    for verb in (
+        "status --stuck 0s",
+        "dead-letters redrive 1 --topic x --key k",
+        "prune --older-than 0s",
+        "topics list",
+    ):
+        done = command.run({**busy.environment, "CDC_OUTBOX_POSTGRES__DSN": dsn}, *verb.split())
+        assert done.exit_code == 3, verb
+        assert "GRANT " in done.error
+        assert 'TO "cdc_outbox_relay"' in done.error
+    for verb in ("status", "dead-letters discard 1 --reason x"):
+        done = command.run({**busy.environment, "CDC_OUTBOX_POSTGRES__DSN": dsn}, *verb.split())
+        assert done.exit_code in (0, 3), done
+        assert "Traceback" not in done.err
