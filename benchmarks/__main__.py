@@ -19,7 +19,7 @@ from benchmarks.drain import Incomplete, drain
 from benchmarks.lane import Backlog
 from benchmarks.latency import measure_latency
 from benchmarks.lives import measure_crash, measure_huge, measure_idle, measure_start
-from benchmarks.peers import BY_DEFAULT, NAMES, Unavailable, make_peer
+from benchmarks.peers import BY_DEFAULT, NAMES, WITHOUT_JAVA, Unavailable, make_peer
 from benchmarks.report import US, Growth, Report
 
 DRAINS: Final = {
@@ -40,16 +40,16 @@ Step = tuple[str, Callable[[], None]]
 @click.option(
     "--peer", "peers", multiple=True, type=click.Choice(NAMES), help="For the drains. Default: all but the traced ones."
 )
-@click.option("--repeat", default=3, show_default=True, help="Runs of each, in random order.")
+@click.option("--repeat", type=int, help="Runs of each, in random order. Default: 3, or 1 of the quick form.")
 @click.option("--postgres", metavar="DSN", help="A superuser's; default: the embedded one.")
 @click.option("--kafka", metavar="HOST:PORT", help="Default: the embedded one.")
-@click.option("--quick", is_flag=True, help="Tiny runs: shows that the harness works, measures nothing.")
+@click.option("--quick", is_flag=True, help="Under a minute: shows that the harness works, measures nothing.")
 @click.option("--json", "json_file", type=click.Path(dir_okay=False, path_type=Path, allow_dash=True))
 @click.option("--charts", type=click.Path(file_okay=False, path_type=Path), help="Folder for PNG and SVG.")
 def main(
     scenarios: tuple[str, ...],
     peers: tuple[str, ...],
-    repeat: int,
+    repeat: int | None,
     postgres: str | None,
     kafka: str | None,
     json_file: Path | None,
@@ -64,14 +64,20 @@ def main(
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # servers and peers go, whoever ends it
     console = Console(stderr=str(json_file) == "-")
     failure: Incomplete | None = None
+    repeat = repeat or (1 if quick else 3)
+    peers = peers or (WITHOUT_JAVA if quick else BY_DEFAULT)
     with open_arena(postgres, kafka) as arena:
         report = Report({**arena.conditions(), "repeat": repeat, "quick": quick})
-        steps = _plan(arena, report, scenarios or (*DRAINS, *OTHERS), peers or BY_DEFAULT, repeat, quick=quick)
+        steps = _plan(arena, report, scenarios or (*DRAINS, *OTHERS), peers, repeat, quick=quick)
         try:
             _carry_out(steps, console)
         except Incomplete as error:  # what was measured before it still counts
             failure = error
-    report.show(console)
+    if not quick:
+        report.show(console)
+    elif not failure:
+        left_out = "".join(f"; left out: {peer} ({why})" for peer, why in report.left_out.items())
+        console.print(f"{len(steps)} runs, nothing missing, nothing out of order{left_out}")
     if json_file:
         text = orjson.dumps(report.as_json(), option=orjson.OPT_INDENT_2)
         sys.stdout.buffer.write(text) if str(json_file) == "-" else json_file.write_bytes(text)
@@ -144,6 +150,8 @@ def _growth_steps(arena: Arena, report: Report, shrink: int) -> list[Step]:
             for size in (100, 1_000, 10_000, 100_000)
         ],
     }
+    if shrink > 1:
+        series = {what: [of[0], of[-1]] for what, of in series.items()}
 
     def step(what: str, value: int, backlog: Backlog) -> Step:
         return f"growth: {what} {value}", lambda: report.growth.append(

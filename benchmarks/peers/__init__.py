@@ -48,6 +48,8 @@ _PEERS: Final[Mapping[str, tuple[str, str]]] = {
 NAMES: Final = tuple(_PEERS)
 #: Tracing is slow enough to be measured only when it is asked for.
 BY_DEFAULT: Final = tuple(name for name in NAMES if "traced" not in name)
+#: Those that start at once.
+WITHOUT_JAVA: Final = tuple(name for name in BY_DEFAULT if not name.startswith("debezium"))
 
 
 def make_peer(name: str) -> Peer:

@@ -1,10 +1,14 @@
 """`cdc-outbox config show`: the configuration in force, without its secrets."""
 
+from contextlib import suppress
+
 import click
 import orjson
 
 from cdc_outbox.cli.main import Settings
 from cdc_outbox.config import redacted
+from cdc_outbox.errors import ConfigurationError
+from cdc_outbox.postgres.connection import without_secrets
 
 
 @click.group()
@@ -18,6 +22,8 @@ def command() -> None:
 def show(settings: Settings, *, as_json: bool) -> None:
     """Every key with its value, from file, environment and defaults; secrets as ***."""
     values = redacted(settings.config)
+    with suppress(ConfigurationError):  # of what is no DSN nothing can be shown
+        values["postgres.dsn"] = without_secrets(settings.config.postgres.dsn.get_secret_value())
     if as_json:
         click.echo(orjson.dumps(values))
         return

@@ -16,8 +16,11 @@ from cdc_outbox.postgres import dead_letters
 from cdc_outbox.postgres.connection import Connection, connect
 
 _ids = click.argument("ids", nargs=-1, required=True, type=int)
-#: What a column of the table takes besides its content.
+#: What a column of the table takes besides its content, and what it takes at least.
 _GAP: Final = 3
+_LEAST: Final = 8
+#: From here on a terminal has room for everything.
+_WIDE: Final = 110
 
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 _time = click.DateTime(formats=["%Y-%m-%dT%H:%M:%S%z", "%Y-%m-%dT%H:%M:%S", "%Y-%m-%d %H:%M:%S", "%Y-%m-%d"])
@@ -111,24 +114,29 @@ def discard(settings: Settings, *, ids: tuple[int, ...], reason: str) -> None:
 
 
 def _table(letters: list[dead_letters.Row], *, with_state: bool, width: int) -> Table:
-    """Where the terminal is narrow the last three columns are cut; `show` has all of them."""
+    """Where the terminal is narrow the less telling columns go, and of the rest the topic is cut last."""
+    narrow = width < _WIDE
     whole = {
         "id": [str(letter["id"]) for letter in letters],
-        "put away": [f"{letter['created_at']:%m-%d %H:%M}" for letter in letters],
+        **(
+            {} if narrow and with_state else {"put away": [f"{letter['created_at']:%m-%d %H:%M}" for letter in letters]}
+        ),
         "reason": [letter["reason"] for letter in letters],
         **({"state": [letter["state"] for letter in letters]} if with_state else {}),
-        "tries": [str(letter["attempts"]) for letter in letters],
+        **({} if narrow else {"tries": [str(letter["attempts"]) for letter in letters]}),
     }
-    rest = {"aggregate": "aggregate_id", "type": "event_type", "topic": "topic"}
-    taken = sum(max(map(len, [head, *cells])) + _GAP for head, cells in whole.items())
-    room = max(5, (width - taken) // len(rest) - _GAP)
+    cut = {"topic": "topic", "aggregate": "aggregate_id", **({} if narrow else {"type": "event_type"})}
+    room = width - sum(max(map(len, [head, *cells])) + _GAP for head, cells in whole.items())
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in whole:
         table.add_column(head, no_wrap=True)
-    for head in rest:
-        table.add_column(head, no_wrap=True, max_width=room)
+    for left, (head, column) in zip(range(len(cut) - 1, -1, -1), cut.items(), strict=True):
+        longest = max(len(head), *(len(printable(letter[column] or "")) for letter in letters))
+        taken = max(_LEAST, min(longest, room - _GAP - left * (_LEAST + _GAP)))
+        table.add_column(head, no_wrap=True, max_width=taken)
+        room -= taken + _GAP
     for row, letter in zip(zip(*whole.values(), strict=True), letters, strict=True):
-        table.add_row(*row, *(Text(printable(letter[column] or "")) for column in rest.values()))
+        table.add_row(*row, *(Text(printable(letter[column] or "")) for column in cut.values()))
     return table
 
 

@@ -1,9 +1,11 @@
 """`cdc-outbox demo`: the whole thing on this machine, and a verdict."""
 
+import shlex
 import signal
 import sys
 import time
 from dataclasses import asdict
+from pathlib import Path
 from types import FrameType
 
 import click
@@ -12,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cdc_outbox.demo.ledger import Verdict
+from cdc_outbox.demo.postgres import find_psql
 from cdc_outbox.demo.relay import RelayProcess
 from cdc_outbox.demo.show import Scene, Show
 from cdc_outbox.errors import CheckFailed
@@ -83,18 +86,26 @@ In another terminal:
 
 {exports}
 
-cdc-outbox status
-cdc-outbox tail
-psql "$CDC_OUTBOX_POSTGRES__DSN" \\
+{program} status
+{program} tail
+{psql} "$CDC_OUTBOX_POSTGRES__DSN" \\
   -c "INSERT INTO outbox (aggregate_id, event_type, payload) VALUES ('run-1', 'run.created', '{{}}')"
 
 Ctrl-C here takes everything down."""
 
 
+def _program() -> str:
+    """As we were started, from wherever the other terminal stands."""
+    started = Path(sys.argv[0]).absolute()
+    if started.name == "cdc-outbox":
+        return shlex.quote(str(started))
+    return f"{shlex.quote(sys.executable)} -m cdc_outbox"
+
+
 def _stay(scene: Scene, relay: RelayProcess) -> None:
     environment = {**scene.environment, "CDC_OUTBOX_HTTP__LISTEN": relay.address}
-    exports = "\n".join(f"export {name}='{value}'" for name, value in environment.items())
-    click.echo(_STAYING.format(scene=scene, relay=relay, exports=exports))
+    exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment.items())
+    click.echo(_STAYING.format(scene=scene, relay=relay, exports=exports, program=_program(), psql=find_psql()))
     sys.stdout.flush()
     while not relay.ended:
         time.sleep(0.5)

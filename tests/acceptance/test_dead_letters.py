@@ -434,3 +434,17 @@ def test_redrive_is_refused_if_the_relay_would_not_hear_of_it(poisoned: World, s
     assert command.run(world.environment, "migrate", "up").out.startswith("add cdc_outbox.redrive_request")
     start_relay()
     redrive(world, 1)
+
+
+def test_the_list_fits_a_terminal_and_topics_stay_readable(poisoned: World, start_relay: StartRelay) -> None:
+    world = poisoned
+    world.settings["CDC_OUTBOX_KAFKA__TOPIC_PATTERN"] = r"outbox\.nothing"
+    start_relay()
+    world.insert("customer_address", "customer-8d3b2f6a-0000", id="11111111-2222-3333-4444-555555555555")
+    world.wait_until_confirmed()
+    for width in (80, 120):
+        for arguments in ((), ("--all",)):
+            listed = command.run({**world.environment, "COLUMNS": str(width)}, "dead-letters", "list", *arguments).out
+            assert "outbox.customer_address" in listed, listed
+            assert "topic_not_allowed" in listed
+            assert max(map(len, listed.splitlines())) <= width
