@@ -11,10 +11,16 @@ import pytest
 import yaml
 
 from cdc_outbox.config import load_config
+from cdc_outbox.demo.ports import free_port
+from cdc_outbox.demo.relay import RelayProcess
+from support import command
+from support.kubelet import injected
+from support.world import World, read_topic
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 MANIFESTS = DEPLOY / "kubernetes"
+CONFIG = MANIFESTS / "config" / "cdc-outbox.toml"
 
 
 def run(*command: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
@@ -24,9 +30,11 @@ def run(*command: str | Path, **more: Any) -> subprocess.CompletedProcess[str]:
 def manifests() -> list[dict[str, Any]]:
     """As kubectl renders them; the files themselves, which are whole without it, where there is none."""
     if shutil.which("kubectl"):
-        rendered = run("kubectl", "kustomize", MANIFESTS / "monitoring")
-        assert rendered.returncode == 0, rendered.stderr
-        texts = [rendered.stdout]
+        texts = []
+        for folder in ("monitoring", "setup"):
+            rendered = run("kubectl", "kustomize", MANIFESTS / folder)
+            assert rendered.returncode == 0, rendered.stderr
+            texts.append(rendered.stdout)
     else:
         texts = [path.read_text() for path in MANIFESTS.rglob("*.yaml") if path.name != "kustomization.yaml"]
     return [document for text in texts for document in yaml.safe_load_all(text)]
@@ -39,16 +47,28 @@ def test_the_manifests_are_what_kubernetes_takes(version: str) -> None:
         kinds.add(manifest["kind"])
         if manifest["kind"] != "ServiceMonitor":  # the Prometheus operator's own
             kubernetes_validate.validate(manifest, version, strict=True)
-    assert kinds >= {"Deployment", "Service", "PodDisruptionBudget", "CronJob", "ServiceMonitor"}
+    assert kinds >= {"Deployment", "Service", "PodDisruptionBudget", "CronJob", "Job", "ServiceMonitor"}
+
+
+def test_a_kustomization_names_files_that_are_there() -> None:
+    for path in MANIFESTS.rglob("kustomization.yaml"):
+        kustomization = yaml.safe_load(path.read_text())
+        named = list(kustomization.get("resources", []))
+        for generator in kustomization.get("configMapGenerator", []):
+            named += generator["files"]
+        assert named
+        assert [name for name in named if not (path.parent / name).exists()] == []
+        assert all(".." not in name for generator in kustomization.get("configMapGenerator", []) for name in generator)
+
+
+def pod_spec(manifest: dict[str, Any]) -> dict[str, Any]:
+    spec: dict[str, Any] = manifest["spec"]
+    return dict(spec.get("jobTemplate", manifest)["spec"]["template"]["spec"])
 
 
 def test_every_pod_is_locked_in() -> None:
-    specs = [
-        manifest["spec"]["template"]["spec"] if manifest["kind"] == "Deployment"
-        else manifest["spec"]["jobTemplate"]["spec"]["template"]["spec"]
-        for manifest in manifests() if manifest["kind"] in ("Deployment", "CronJob")
-    ]  # fmt: skip
-    assert len(specs) == 2
+    specs = [pod_spec(manifest) for manifest in manifests() if manifest["kind"] in ("Deployment", "CronJob", "Job")]
+    assert len(specs) == 4
     for spec in specs:
         assert spec["enableServiceLinks"] is False, "our own Service's variables look like our configuration"
         assert spec["securityContext"]["runAsNonRoot"]
@@ -61,8 +81,42 @@ def test_every_pod_is_locked_in() -> None:
 
 def test_the_manifests_configuration_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CDC_OUTBOX_POSTGRES__DSN", "host=db")
-    config = load_config(MANIFESTS / "base" / "cdc-outbox.toml")
+    config = load_config(CONFIG)
     assert config.http.address() == ("0.0.0.0", 9646)  # noqa: S104 - the pod's own network
+
+
+def test_the_pods_commands_work_with_what_a_kubelet_gives_them(world: World, tmp_path: Path) -> None:
+    """Job, Job, Deployment, CronJob, in that order: arguments, configuration, secrets, and links to our own Service."""
+    settings = {
+        **injected("CDC_OUTBOX"),
+        **injected("CDC_OUTBOX_POSTGRES"),
+        "CDC_OUTBOX_CONFIG": str(CONFIG),
+        "CDC_OUTBOX_POSTGRES__DSN": world.dsn,
+        # the test's own, where the file has the cluster's
+        "CDC_OUTBOX_POSTGRES__SLOT": world.slot,
+        "CDC_OUTBOX_KAFKA__BOOTSTRAP_SERVERS": world.bootstrap_servers,
+        "CDC_OUTBOX_KAFKA__TOPIC": f"{world.name}.{{aggregate_type}}",
+        "CDC_OUTBOX_CANARY__TOPIC": f"{world.name}-canary",
+    }
+    arguments = {
+        (manifest["kind"], container["name"]): container["args"]
+        for manifest in manifests() if manifest["kind"] in ("Deployment", "CronJob", "Job")
+        for container in pod_spec(manifest)["containers"]
+    }  # fmt: skip
+    one_broker = [argument.replace("3", "1") for argument in arguments["Job", "topics"]]
+    for job in (arguments["Job", "migrate"], one_broker):
+        done = command.run(settings, *job)
+        assert done.exit_code == 0, done
+    assert arguments["Deployment", "relay"] == ["run"]
+    relay = RelayProcess({**settings, "CDC_OUTBOX_HTTP__LISTEN": f"0.0.0.0:{free_port()}"}, tmp_path / "log")
+    relay.address = f"127.0.0.1:{relay._environment['CDC_OUTBOX_HTTP__LISTEN'].partition(':')[2]}"
+    with relay:
+        relay.wait_until_ready()
+        world.insert("event")
+        assert len(read_topic(world.bootstrap_servers, f"{world.name}.event", 1)) == 1
+        world.wait_until_confirmed()
+    done = command.run(settings, *arguments["CronJob", "prune"])
+    assert done.exit_code == 0, done
 
 
 def compose() -> dict[str, Any]:

@@ -4,6 +4,7 @@ import pytest
 
 from cdc_outbox.config import Config, load_config, redacted
 from cdc_outbox.errors import ConfigurationError
+from support.kubelet import injected
 
 
 @pytest.fixture(autouse=True)
@@ -97,19 +98,6 @@ def test_what_kubernetes_injects_is_passed_over(monkeypatch: pytest.MonkeyPatch,
     for name, value in injected(f"CDC_OUTBOX{service}").items():
         monkeypatch.setenv(name, value)
     assert load_config(None) == plain
-
-
-def injected(service: str) -> dict[str, str]:
-    """As a kubelet does, for one with a port called http and one that has no name."""
-    variables = {f"{service}_SERVICE_HOST": "10.0.0.1", f"{service}_SERVICE_PORT": "9646"}
-    variables[f"{service}_SERVICE_PORT_HTTP"] = "9646"
-    variables[f"{service}_PORT"] = "tcp://10.0.0.1:9646"
-    for port, protocol in ((9646, "tcp"), (53, "udp")):
-        variables[f"{service}_PORT_{port}_{protocol.upper()}"] = f"{protocol}://10.0.0.1:{port}"
-        variables[f"{service}_PORT_{port}_{protocol.upper()}_PROTO"] = protocol
-        variables[f"{service}_PORT_{port}_{protocol.upper()}_PORT"] = str(port)
-        variables[f"{service}_PORT_{port}_{protocol.upper()}_ADDR"] = "10.0.0.1"
-    return variables
 
 
 @pytest.mark.parametrize(
