@@ -28,6 +28,7 @@ class DeadLetter:
     poison: PoisonEvent
     #: the topic that has refused it; empty if it came to none: what data says of it may be anything
     refused_by: str = ""
+    expendable: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,14 +191,16 @@ class Pipeline:
         head = frame[pgoutput.INSERT_HEAD]
         if isinstance(error, MalformedStream):
             error = PoisonEvent(error.message, reason="undecodable", hint=error.hint)
+        router = self._router_of[head]
         self._dead_letters.put(
             DeadLetter(
-                event=self._router_of[head].describe(self._relations[head], frame, self._commit_time_ms),
+                event=router.describe(self._relations[head], frame, self._commit_time_ms),
                 commit_lsn=LSN(self.open_commit_lsn),
                 ordinal=self.ordinal,
                 commit_time_ms=self._commit_time_ms,
                 poison=error,
                 refused_by=topic,
+                expendable=router.expendable,
             )
         )
 

@@ -235,7 +235,10 @@ class Routing:
 
 
 class Router:
-    """Compiles row plans. ``source`` is the CloudEvents source; ``require_topic`` raises if a topic is not there."""
+    """Compiles row plans. ``source`` is the CloudEvents source; ``require_topic`` raises if a topic is not there.
+
+    Events that are ``expendable`` nobody would miss: one that cannot be published is no reason to stop.
+    """
 
     def __init__(
         self,
@@ -245,7 +248,10 @@ class Router:
         source: str,
         require_topic: Callable[[str], None],
         encoding: Encoding = UTF8,
+        *,
+        expendable: bool = False,
     ) -> None:
+        self.expendable = expendable
         self._outbox = outbox
         self._topic = topic
         self._style = style

@@ -23,7 +23,12 @@ _OUTBOX: Final = Outbox("cdc_outbox", "canary", {})
 def make_canary_router(config: Config, require_topic: Callable[[str], None]) -> Router:
     """Routes canaries and nothing else."""
     return Router(
-        _OUTBOX, TopicTemplate(config.canary.topic), config.kafka.headers, "/cdc-outbox/canary", require_topic
+        _OUTBOX,
+        TopicTemplate(config.canary.topic),
+        config.kafka.headers,
+        "/cdc-outbox/canary",
+        require_topic,
+        expendable=True,
     )
 
 

@@ -80,7 +80,6 @@ class RelayState:
         self._slot = slot = config.postgres.slot
         self._on_poison = config.relay.on_poison
         self._walsender_pid = walsender_pid
-        self._canary_topic = config.canary.topic
         self._log = get_logger()
         self._settlement = Settlement(connection, slot, continuity.system_identifier, sent, confirmed=confirmed)
         self._noted_at = time.monotonic()
@@ -96,9 +95,9 @@ class RelayState:
         self._settled = {commit_lsn: frozenset(ordinals) for commit_lsn, ordinals in settled.items()}
 
     def put(self, letter: DeadLetter) -> None:
-        """Raises PoisonEvent unless dead letters are asked for; TopicRefused for a canary, which nobody would miss."""
-        if letter.event.topic == self._canary_topic:
-            raise TopicRefused(letter.poison.message, topic=self._canary_topic, hint=letter.poison.hint)
+        """Raises PoisonEvent unless dead letters are asked for; TopicRefused for an expendable event."""
+        if letter.expendable:
+            raise TopicRefused(letter.poison.message, topic=letter.event.topic or "", hint=letter.poison.hint)
         if self._on_poison == "stop":
             raise stopped_by(letter)
         event, poison = letter.event, letter.poison
