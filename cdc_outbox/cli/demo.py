@@ -105,7 +105,8 @@ def _program() -> str:
 def _stay(scene: Scene, relay: RelayProcess) -> None:
     environment = {**scene.environment, "CDC_OUTBOX_HTTP__LISTEN": relay.address}
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment.items())
-    click.echo(_STAYING.format(scene=scene, relay=relay, exports=exports, program=_program(), psql=find_psql()))
+    psql = shlex.quote(find_psql())
+    click.echo(_STAYING.format(scene=scene, relay=relay, exports=exports, program=_program(), psql=psql))
     sys.stdout.flush()
     while not relay.ended:
         time.sleep(0.5)

@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Final
 
-#: SIGHUP comes when a terminal is closed; whoever ignores it (nohup) goes on to.
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -30,9 +29,8 @@ class Shutdown:
 
     def install(self) -> None:
         """Take over the process's signals. Call from the main thread."""
-        for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._on_signal)
+        for number in _taken_over():
+            signal.signal(number, self._on_signal)
 
     def request(self) -> None:
         if self._deadline is None:
@@ -64,10 +62,16 @@ class Shutdown:
         select.select([self.descriptor], [], [], seconds)
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        for number in _SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, signal.SIG_DFL)
+        for number in _taken_over():
+            signal.signal(number, signal.SIG_DFL)
         self.request()
         if self._interrupts:
             self._interrupts = False
             raise ShutdownRequested
+
+
+def _taken_over() -> list[signal.Signals]:
+    """SIGHUP comes when a terminal is closed, and nohup has it ignored on purpose."""
+    return [
+        number for number in _SIGNALS if number is not signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN
+    ]

@@ -164,6 +164,21 @@ def test_a_second_signal_ends_at_once() -> None:
         assert process.wait(5) == -signal.SIGTERM
 
 
+def test_nohup_is_left_alone(world: World, start_relay: StartRelay) -> None:
+    world.migrate()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # inherited
+    try:
+        relay = start_relay()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    aggregate_type = world.create_topic()
+    relay.process.send_signal(signal.SIGHUP)
+    event_id = world.insert(aggregate_type)
+    world.wait_until_confirmed()
+    assert delivered_ids(world, aggregate_type, 1) == [event_id]
+    assert not relay.ended
+
+
 @pytest.mark.parametrize("trouble", ["full", "nobody reads"])
 @pytest.mark.parametrize("log_format", ["console", "json"])
 def test_a_log_that_cannot_be_written_ends_nothing(world: World, tmp_path: Path, trouble: str, log_format: str) -> None:
