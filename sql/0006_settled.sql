@@ -85,7 +85,8 @@ RETURN ((pg_snapshot_xmax(pg_current_snapshot())::text::bigint + 2147483648)
 
 COMMENT ON FUNCTION cdc_outbox.full_xid(xid) IS 'The 64 bits of a row''s xmin';
 
-CREATE INDEX IF NOT EXISTS dead_letter_event ON cdc_outbox.dead_letter (event_id);
+-- By its hash: an id may be of any length.
+CREATE INDEX IF NOT EXISTS dead_letter_event ON cdc_outbox.dead_letter USING hash (event_id);
 
 -- Makes the view for the outboxes that are entered. Of one outbox its columns keep their types; of several, whose types
 -- may differ, all are text.

@@ -1,5 +1,6 @@
 -- Why: the relay should run with the least it needs, and whoever watches it with less. All rights to schema cdc_outbox are
--- given here and nowhere else, so that whatever ran before, and in whatever order, these are the rights afterwards.
+-- given here and nowhere else, so that whatever ran before, and in whatever order, these are the rights afterwards. (What
+-- another role than the owner has granted, only that role can take back.)
 --
 --   cdc_outbox_relay   logs in and streams. It needs no SELECT on the outbox and gets none. Be aware what REPLICATION
 --                      means in PostgreSQL: it may stream any table through any publication, and drop any slot.
@@ -36,14 +37,16 @@ DECLARE
     named text;
     default_owner name;
 BEGIN
+    REVOKE ALL ON ALL TABLES IN SCHEMA cdc_outbox FROM PUBLIC;
     FOREACH named IN ARRAY ARRAY['cdc_outbox_relay', 'cdc_outbox_reader'] LOOP
         CONTINUE WHEN NOT EXISTS (SELECT FROM pg_roles WHERE rolname = named);
         EXECUTE format('REVOKE ALL ON SCHEMA cdc_outbox FROM %I', named);
         EXECUTE format('REVOKE ALL ON ALL TABLES IN SCHEMA cdc_outbox FROM %I', named);
         EXECUTE format('REVOKE ALL ON ALL SEQUENCES IN SCHEMA cdc_outbox FROM %I', named);
         FOR default_owner IN
-            SELECT pg_get_userbyid(defaclrole) FROM pg_default_acl
+            SELECT pg_get_userbyid(defaclrole) FROM pg_default_acl, aclexplode(defaclacl) AS entry
              WHERE defaclnamespace = 'cdc_outbox'::regnamespace AND defaclobjtype = 'r'
+               AND pg_get_userbyid(entry.grantee) = named
         LOOP
             EXECUTE format('ALTER DEFAULT PRIVILEGES FOR ROLE %I IN SCHEMA cdc_outbox REVOKE ALL ON TABLES FROM %I',
                            default_owner, named);
@@ -71,4 +74,8 @@ BEGIN
             GRANT SELECT ON cdc_outbox.event_status TO cdc_outbox_reader;
         END IF;
     END IF;
+EXCEPTION
+    WHEN insufficient_privilege THEN
+        RAISE WARNING 'rights of cdc-outbox''s roles were not set: %', SQLERRM
+            USING HINT = 'Let the owner of everything in schema cdc_outbox, or a superuser, run sql/roles.sql.';
 END $$;

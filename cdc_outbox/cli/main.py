@@ -34,6 +34,9 @@ _VERBS: Final = {
 }
 
 
+_STDERR: Final = 2
+
+
 @dataclass
 class Settings:
     """What the global options say; the configuration is read when a verb asks for it."""
@@ -66,12 +69,35 @@ class _Verbs(click.Group):
         except CdcOutboxError as error:
             _say(ctx, error)
             ctx.exit(error.exit_code)
+
+    def main(self, *args: Any, **keywords: Any) -> Any:
+        _open_standard_streams()
+        try:
+            return super().main(*args, **keywords)
         except OSError as error:
-            if error.errno != errno.ENOSPC:
+            if error.errno in (None, errno.EPIPE) or not _is_of_standard_output():
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python would try once more at its end
-            _say(ctx, OperatorNeeded("standard output cannot be written to: no space left"))
-            ctx.exit(OperatorNeeded.exit_code)
+            logs.say(f"error: standard output cannot be written to: {os.strerror(error.errno).lower()}")
+            sys.exit(OperatorNeeded.exit_code)
+
+
+def _open_standard_streams() -> None:
+    """Those that the caller has closed: another file, or a database's socket, would get their numbers."""
+    while (lowest := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+        pass
+    os.close(lowest)
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 - as long as the process
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+
+
+def _is_of_standard_output() -> bool:
+    """Whether it still cannot be written to. What it holds back is then forgotten, or Python would try once more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def _say(ctx: click.Context, error: CdcOutboxError) -> None:

@@ -68,7 +68,7 @@ def create(
 
 def _there(topic: WantedTopic) -> str:
     if topic.refusal:
-        return "[yellow]not allowed[/] (kafka.topic_pattern)"
+        return "[yellow]not allowed[/]"
     if topic.partitions is None:
         return "[yellow]missing[/]"
     return f"{topic.partitions} partition{'s' if topic.partitions > 1 else ''}"

@@ -7,7 +7,6 @@ Source: librdkafka's CONFIGURATION.md and INTRODUCTION.md ("Idempotent Producer"
 import logging
 import time
 from collections.abc import Callable, Mapping
-from itertools import count
 from typing import Any, Final
 
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
@@ -196,14 +195,15 @@ class Publisher:
         timestamp_ms: int,
         headers: Any,
     ) -> None:
-        pause_seconds = _FIRST_PAUSE_SECONDS
-        for tried in count(1):
+        pause_seconds, unexpected = _FIRST_PAUSE_SECONDS, 0
+        while True:
             error = self._deliver(topic, value, key, partition, timestamp_ms, headers)
             if error is None:
                 on_delivery(None, None)
                 return
             verdict = verdict_on(error)
-            if verdict is not Verdict.PASSING and (verdict is not Verdict.UNEXPECTED or tried == _TRIES):
+            unexpected += verdict is Verdict.UNEXPECTED
+            if verdict not in (Verdict.PASSING, Verdict.UNEXPECTED) or unexpected == _TRIES:
                 self._refused_alone += 1
                 raise KafkaException(error)
             self._count_failure(topic, error.name())
@@ -312,5 +312,9 @@ def _explain(error: KafkaError, topic: str, *, alone: bool) -> CdcOutboxError:
 def _explain_to_operator(code: int, reason: str, topic: str) -> TopicRefused:
     if code in _MISSING:
         return TopicRefused(f"topic {topic} does not exist (any more): {reason}", topic=topic, hint=MISSING_TOPIC_HINT)
-    hint = "grant WRITE and DESCRIBE on the topic" if code in _FORBIDDEN else "check kafka.producer, topic and broker"
+    hint = (
+        "grant WRITE and DESCRIBE on the topic (and IDEMPOTENT_WRITE on the cluster, before Kafka 2.8)"
+        if code in _FORBIDDEN
+        else "check kafka.producer, topic and broker"
+    )
     return TopicRefused(f"topic {topic} cannot be written to: {reason}", topic=topic, hint=hint)

@@ -220,7 +220,10 @@ _VERDICTS: Final = {
     "_PARTITION_EOF": _UNEXPECTED,
 }
 
-_BY_CODE: Final = {getattr(KafkaError, name): verdict for name, verdict in _VERDICTS.items()}
+#: An older librdkafka does not know all of them.
+_BY_CODE: Final = {
+    getattr(KafkaError, name): verdict for name, verdict in _VERDICTS.items() if hasattr(KafkaError, name)
+}
 
 #: What librdkafka puts into the text of a failed login when it could not be tried: the broker went away meanwhile, or
 #: (OAUTHBEARER) the token could not be fetched, and the one that it has may be good for another while.

@@ -15,13 +15,22 @@ from cdc_outbox.kafka.refusals import Verdict, verdict_on
 _CREATED_SECONDS: Final = 3.0
 _PROPAGATION_SECONDS: Final = 0.2
 _REQUEST_SECONDS: Final = 5.0
-#: How long a topic that was missing is taken to be so without asking again: rows that name it may come by thousands.
-_MISSING_SECONDS: Final = 5.0
+#: For so long after a topic was missing it is not asked about again, and others that are missing are not waited for:
+#: rows that name such topics may come by thousands.
+_MISSING_SECONDS: Final = 1.0
 _MOST_MISSING: Final = 10_000
+_ROW_HINT: Final = "correct what writes the row"
+
+
+class _Missing(TopicRefused):
+    """The broker says that there is no such topic."""
 
 
 class Topics:
-    """What is known of the cluster's topics; asks again only about topics that were not seen yet."""
+    """What is known of the cluster's topics; asks again only about topics that were not seen yet.
+
+    No delivery report is served meanwhile: whoever asks is in the middle of an event.
+    """
 
     def __init__(self, publisher: Publisher, *, create: bool, ever_seen: set[str] | None = None) -> None:
         """``ever_seen`` outlives this: topics that have been there at some time, to which this adds."""
@@ -29,8 +38,10 @@ class Topics:
         self._create = create
         self._known: set[str] = set()
         self._ever_seen = set() if ever_seen is None else ever_seen
-        #: topics that were not there: until when that is believed, monotonic seconds, and what was said
-        self._missing: dict[str, tuple[float, str]] = {}
+        #: topics that were missing, and when, monotonic seconds
+        self._missing_at: dict[str, float] = {}
+        #: when one was waited for in vain
+        self._waited_at = float("-inf")
 
     def connect(self) -> None:
         """Learn the topics that are there. Raises BrokerUnavailable."""
@@ -43,33 +54,39 @@ class Topics:
         """
         if topic in self._known:
             return
-        create = create or self._create
-        if create:
+        if create or self._create:
             create_topic(self._publisher, topic)
-        deadline = time.monotonic() + (_CREATED_SECONDS if create else _PROPAGATION_SECONDS)
-        while not self._exists(topic):
-            if time.monotonic() > deadline:
-                raise TopicRefused(f"topic {topic} does not exist", topic=topic, hint=MISSING_TOPIC_HINT)
-            self._publisher.poll(0.05)
+            self._wait_for(topic, _CREATED_SECONDS)
+        else:
+            self._wait_for(topic, _PROPAGATION_SECONDS)
         self._see({topic})
 
     def require_for_event(self, topic: str) -> None:
         """``require`` a topic that an event names: if it was never there, that is the event's fault.
 
-        Raises PoisonEvent then; TopicRefused if the topic has gone, BrokerUnavailable.
+        Raises PoisonEvent then; TopicRefused if it has gone, or is forbidden; BrokerUnavailable.
         """
-        until, message = self._missing.get(topic, (0.0, ""))
-        if time.monotonic() < until:
-            raise _missing_for_event(message)
+        if time.monotonic() - self._missing_at.get(topic, float("-inf")) < _MISSING_SECONDS:
+            raise _missing_for_event(topic)
         try:
             self.require(topic)
-        except TopicRefused as error:
+        except _Missing as error:
             if topic in self._ever_seen:
                 raise
-            if len(self._missing) >= _MOST_MISSING:
-                self._missing.clear()
-            self._missing[topic] = time.monotonic() + _MISSING_SECONDS, error.message
-            raise _missing_for_event(error.message) from error
+            if len(self._missing_at) >= _MOST_MISSING:
+                self._missing_at.clear()
+            self._missing_at[topic] = time.monotonic()
+            raise _missing_for_event(topic) from error
+
+    def _wait_for(self, topic: str, seconds: float) -> None:
+        began = time.monotonic()
+        if began - self._waited_at < _MISSING_SECONDS and not self._create:
+            seconds = 0
+        while not self._exists(topic):
+            if time.monotonic() - began > seconds:
+                self._waited_at = time.monotonic()
+                raise _Missing(f"topic {topic} does not exist", topic=topic, hint=MISSING_TOPIC_HINT)
+            time.sleep(0.02)
 
     def _see(self, topics: set[str]) -> None:
         self._known |= topics
@@ -77,16 +94,20 @@ class Topics:
 
     def _exists(self, topic: str) -> bool:
         try:
-            metadata = self._publisher.producer.list_topics(topic, timeout=_REQUEST_SECONDS).topics[topic]
-        except KafkaException as error:
-            raise BrokerUnavailable(f"no broker answers about topic {topic}: {error.args[0].str()}") from error
-        if metadata.error and metadata.error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED:
-            raise TopicRefused(
-                f"topic {topic} must not be described, or does not exist",
-                topic=topic,
-                hint="grant DESCRIBE and WRITE on the topic",
-            )
-        return metadata.error is None
+            error = self._publisher.producer.list_topics(topic, timeout=_REQUEST_SECONDS).topics[topic].error
+        except KafkaException as refused:
+            raise BrokerUnavailable(f"no broker answers about topic {topic}: {refused.args[0].str()}") from refused
+        if error is None or verdict_on(error) is Verdict.PASSING:  # a leader is being elected
+            return True
+        if error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC):  # noqa: SLF001
+            return False
+        if verdict_on(error) is Verdict.POISON:
+            raise PoisonEvent(f"topic {topic} is none: {error.str()}", reason=error.name(), hint=_ROW_HINT)
+        raise TopicRefused(
+            f"topic {topic} cannot be described: {error.str()}",
+            topic=topic,
+            hint="grant DESCRIBE and WRITE on the topic; or create it, if it does not exist",
+        )
 
 
 def create_topic(
@@ -110,9 +131,9 @@ def partitions_of_topics(publisher: Publisher) -> dict[str, int]:
     return {name: len(metadata.partitions) for name, metadata in topics.items()}
 
 
-def _missing_for_event(message: str) -> PoisonEvent:
+def _missing_for_event(topic: str) -> PoisonEvent:
     return PoisonEvent(
-        message,
+        f"topic {topic} does not exist",
         reason="topic_missing",
         hint="if events belong there: cdc-outbox topics create, or kafka.create_topics = true; if not, correct what "
         "writes the row, and narrow kafka.topic_pattern to the topics there may be",
@@ -123,7 +144,7 @@ def _cannot_be_created(topic: str, error: KafkaError) -> CdcOutboxError:
     what = f"topic {topic} cannot be created: {error.str()}"
     verdict = verdict_on(error)
     if verdict is Verdict.POISON:
-        return PoisonEvent(what, reason=error.name(), hint="correct what writes the row, or create it by hand")
+        return PoisonEvent(what, reason=error.name(), hint=_ROW_HINT)
     if verdict in (Verdict.PASSING, Verdict.START_AGAIN):
         return BrokerUnavailable(what)
-    return TopicRefused(what, topic=topic, hint="create it by hand")
+    return TopicRefused(what, topic=topic, hint="cdc-outbox topics create --partitions ... --replication-factor ...")

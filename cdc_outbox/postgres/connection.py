@@ -106,6 +106,8 @@ _NEEDS_OPERATOR: Final = {
 #: What passes although its class does not say so: a server that has become a standby, a session that was cut off.
 _PASSING: Final = frozenset({"25006", "25P03", "25P04"})
 _PASSING_CLASSES: Final = ("08", "57", "53", "40", "58", "XX")
+#: Whose rights are those of sql/roles.sql, and no others.
+OUR_ROLES: Final = ("cdc_outbox_relay", "cdc_outbox_reader")
 STATEMENT_TIMEOUT: Final = "5s"
 
 
@@ -265,9 +267,12 @@ def explain(error: psycopg.Error, what: str, hints: Mapping[str, str] | None = N
 
 def granting(connection: Connection, *rights: str, schema: str = "cdc_outbox") -> dict[str, str]:
     """Hints for ``translated``: what to grant where the role may not do what is done. ``rights`` as GRANT has them."""
-    role = sql.Identifier(connection.info.user).as_string()
+    user = connection.info.user
+    role = "..." if user in OUR_ROLES else sql.Identifier(user).as_string()
     needed = (f"USAGE ON SCHEMA {sql.Identifier(schema).as_string()}", *rights)
-    return {"42501": "; ".join(f"GRANT {right} TO {role}" for right in needed)}
+    grants = "; ".join(f"GRANT {right} TO {role}" for right in needed)
+    # What is granted to these two is taken back by the next `migrate up`.
+    return {"42501": f"let a role of your own do this: {grants}" if user in OUR_ROLES else grants}
 
 
 def first_line(text: str) -> str:

@@ -110,7 +110,7 @@ class Continuity:
                 )
             ).rowcount
         if not noted:
-            raise SourceUnavailable(f"replication slot {self._slot!r} is not ours any more: it was taken over")
+            raise SourceUnavailable(f"replication slot {self._slot!r} is not read by this relay any more")
         self._limit = limit
 
     def confirmed(self, lsn: LSN) -> None:

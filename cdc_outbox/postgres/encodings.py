@@ -1,15 +1,15 @@
 """Encodings: how the text of a database is stored, and how it gets to be UTF-8.
 
-A database in UTF8 sends what it checked when it was written. In SQL_ASCII nothing was checked, and in the encodings of
-single bytes some bytes mean nothing: the server's own conversion to UTF-8 ends the walsender at such a row, each time
-it comes by. So there text is asked for as it is stored, and converted here: the row is poison, and the rest flows.
-Other encodings (EUC_JP and its like, of several bytes a character) are left to the server.
-Pure. Source: PostgreSQL manual, "Character Set Support".
+A database in UTF8 sends what it checked when it was written. In SQL_ASCII nothing was checked, and in others some
+bytes mean nothing: the server's own conversion to UTF-8 ends the walsender at such a row, each time it comes by. So text
+is asked for as it is stored, and converted here: the row is poison, and the rest flows. Encodings that Python reads in
+another way than PostgreSQL (EUC_JP, EUC_KR, EUC_TW and their like) are left to the server.
+Source: PostgreSQL manual, "Character Set Support".
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from cdc_outbox.errors import MalformedStream
 
@@ -19,6 +19,7 @@ _CODECS: Final[Mapping[str, str]] = {
     **{f"LATIN{number}": f"iso8859_{part}" for number, part in enumerate((1, 2, 3, 4, 9, 10, 13, 14, 15, 16), start=1)},
     **{f"ISO_8859_{part}": f"iso8859_{part}" for part in (5, 6, 7, 8)},
     **{f"WIN{page}": f"cp{page}" for page in (866, 874, *range(1250, 1259))},
+    "EUC_CN": "gb2312",
     "KOI8R": "koi8_r",
     "KOI8U": "koi8_u",
 }
@@ -52,3 +53,8 @@ class Encoding:
 
 
 UTF8: Final = Encoding()
+
+
+def encoding_of(connection: Any) -> Encoding:
+    """That of the database which a psycopg connection is to. The server tells it when it is connected to."""
+    return Encoding.of_server(connection.info.parameter_status("server_encoding") or "")

@@ -14,7 +14,7 @@ from psycopg import sql
 from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.postgres.catalog import Table
 from cdc_outbox.postgres.connection import Connection, granting, translated
-from cdc_outbox.postgres.encodings import Encoding
+from cdc_outbox.postgres.encodings import encoding_of
 
 #: More rows than this nobody reads; the count says how many there are.
 _MOST_STUCK_SHOWN: Final = 100
@@ -110,7 +110,7 @@ def stuck_rows(
                 **{f"shown_{field}": _AS_STORED.format(names[field]) for field in ("id", "aggregate_id", "event_type")},
             )
         ).fetchall()
-    encoding = Encoding.of_server(connection.info.parameter_status("server_encoding") or "")
+    encoding = encoding_of(connection)
 
     def text(stored: bytes | None) -> str:
         return encoding.text(stored or b"")

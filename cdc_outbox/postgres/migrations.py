@@ -170,7 +170,7 @@ def _set_rights(connection: Connection, report: Report) -> None:
     """Reported if it changes anything; so is what the server warns of."""
 
     def on_notice(notice: psycopg.errors.Diagnostic) -> None:
-        report(f"warning: {notice.message_primary} -- {notice.message_hint}")
+        report(f"warning: {notice.message_primary}{f' -- {notice.message_hint}' if notice.message_hint else ''}")
 
     before, step = _rights(connection), roles_step()
     connection.add_notice_handler(on_notice)

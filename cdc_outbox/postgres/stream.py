@@ -20,7 +20,7 @@ from psycopg.errors import lookup as error_class
 
 from cdc_outbox.errors import CdcOutboxError, OperatorNeeded, SourceUnavailable
 from cdc_outbox.postgres.connection import SLOT_HINTS, connect, connect_replication, explain, first_line, translated
-from cdc_outbox.postgres.encodings import Encoding
+from cdc_outbox.postgres.encodings import encoding_of
 from cdc_outbox.postgres.frames import standby_status_update
 from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.server import Server
@@ -40,6 +40,8 @@ class ReplicationStream:
         self._slot = ""
         self._connection = connect_replication(dsn, timezone="UTC", wal_sender_timeout=_WAL_SENDER_TIMEOUT)
         self._pgconn = self._connection.pgconn
+        self._database = self._connection.info.dbname
+        self._encoding = encoding_of(self._connection)
         self._connection.add_notice_handler(self._on_notice)
         self._poller = select.poll()
         self._poller.register(self._pgconn.socket, select.POLLIN)
@@ -82,13 +84,24 @@ class ReplicationStream:
         options = f"proto_version '1', publication_names '{names}'"
         command = f"START_REPLICATION SLOT {check_slot_name(slot)} LOGICAL 0/0 ({options})"
         self._slot = slot
-        lost = slot_anew_hint(slot, self._connection.info.dbname)
+        lost = slot_anew_hint(slot, self._database)
         with translated(f"replication slot {slot!r} cannot be read", {"42704": lost, "55000": lost}):
-            if Encoding.of_server(self._connection.info.parameter_status("server_encoding") or "").codec:
-                self._connection.execute("SET client_encoding = 'SQL_ASCII'")  # as it is stored, see `encodings`
-            self._connection.execute(command.encode())
+            if self._encoding.codec is None:
+                self._connection.execute(command.encode())
+            else:
+                self._start_as_stored(command)
         self._pgconn.nonblocking = 1
         self.heard_at = time.monotonic()
+
+    def _start_as_stored(self, command: str) -> None:
+        """With text as the server stores it, see `encodings`; a stream that does not start is asked other things."""
+        self._connection.execute("SET client_encoding = 'SQL_ASCII'")
+        try:
+            self._connection.execute(command.encode(self._encoding.codec or "utf-8", errors="replace"))
+        except psycopg.Error:
+            with suppress(psycopg.Error):
+                self._connection.execute("SET client_encoding = 'UTF8'")
+            raise
 
     def is_given_up(self) -> bool:
         """Whether the server has ended the stream without our hearing of it, asked on a fresh connection.
@@ -204,7 +217,7 @@ class ReplicationStream:
     def _publication_hint(self) -> str:
         return (
             "a publication must be older than what its slot has yet to read: this one was dropped, or made later; if "
-            f"there is no other for it, {slot_anew_hint(self._slot, self._connection.info.dbname)}"
+            f"there is no other for it, {slot_anew_hint(self._slot, self._database)}"
         )
 
     def _explain_end(self) -> CdcOutboxError:
@@ -217,6 +230,6 @@ class ReplicationStream:
             error = error_class(state)(message)
         except KeyError:
             error = psycopg.OperationalError(message)
-        lost = slot_anew_hint(self._slot, self._connection.info.dbname)
+        lost = slot_anew_hint(self._slot, self._database)
         hints = {"42704": self._publication_hint(), "55000": lost}
         return explain(error, "the server ended the replication stream", hints)

@@ -11,7 +11,7 @@ from psycopg import sql
 
 from cdc_outbox.postgres.catalog import Table
 from cdc_outbox.postgres.connection import Connection, granting, translated
-from cdc_outbox.postgres.encodings import Encoding
+from cdc_outbox.postgres.encodings import encoding_of
 
 #: Of each column, None for NULL, in UTF-8; and how many rows hold them.
 Counted = tuple[tuple[bytes | None, ...], int]
@@ -27,12 +27,12 @@ def of_rows(connection: Connection, table: Table, columns: Sequence[str]) -> lis
     query = sql.SQL("SELECT {}, count(*) FROM {} GROUP BY {} ORDER BY count(*) DESC").format(
         sql.SQL(", ").join(stored),
         table.identifier,
-        sql.SQL(", ").join(named),
+        sql.SQL(", ").join(sql.SQL("{}::text").format(column) for column in named),  # as it is written, of citext too
     )
     rights = granting(connection, f"SELECT ON {table.identifier.as_string()}", schema=table.namespace)
     with translated(f"reading topics from {table}", rights):
         rows = connection.execute(query).fetchall()
-    encoding = Encoding.of_server(connection.info.parameter_status("server_encoding") or "")
+    encoding = encoding_of(connection)
 
     def in_utf8(stored: bytes | None) -> bytes | None:
         return None if stored is None else encoding.text(stored).encode()

@@ -136,52 +136,63 @@ class Pipeline:
                 self.ordinal = ordinal
                 self._put_away(frame, error)
                 continue
+            except CdcOutboxError:
+                self.ordinal = ordinal
+                raise
             batch.outstanding += 1
             batch.per_topic[topic] += 1
             try:
                 publish(topic, value, key, -1, batch.on_delivery, None, commit_time_ms, headers)
-            except (BufferError, refusal):
+            except (BufferError, refusal) as error:
                 self.ordinal = ordinal
-                self._publish_or_put_away(frame, Record(topic, value, key, headers))
+                self._publish_or_put_away(frame, Record(topic, value, key, headers), error)
         self.ordinal = ordinal
         if not self.open_commit_lsn:
             self.watermark.close_batch()
 
-    def _publish_or_put_away(self, frame: bytes, record: Record) -> None:
+    def _publish_or_put_away(self, frame: bytes, record: Record, error: Exception) -> None:
         """An event that has been counted in, and for which there was no room, or which was refused."""
-        refused = self._publish_patiently(record)
+        refused = self._publish_patiently(record, error)
         if isinstance(refused, PoisonEvent):
             self._put_away(frame, refused, topic=record.topic)
         elif refused:
             raise refused
 
-    def _publish_patiently(self, record: Record) -> OperatorNeeded | None:
-        """Publish an event that has been counted in, waiting for room. Why it is refused, then it is counted out.
+    def _publish_patiently(self, record: Record, error: Exception | None = None) -> OperatorNeeded | None:
+        """Publish an event that has been counted in, waiting for room; ``error`` is what a first attempt came to.
 
-        What is raised meanwhile is about other events, or none.
+        Why it is refused, then it is counted out. What is raised meanwhile is about other events, or none.
         """
         batch = self.watermark.current
-        topic, value, key, headers = record
         while True:
-            try:
-                self._publisher.publish(topic, value, key, -1, batch.on_delivery, None, self._commit_time_ms, headers)
-            except BufferError:
-                if self._wait_for_room():
-                    continue
-                refused: CdcOutboxError = PoisonEvent(
+            error = error or self._try_to_publish(record)
+            if error is None:
+                return None
+            if not isinstance(error, BufferError):
+                refused: CdcOutboxError = self._publisher.explain(error, record.topic)
+            elif self._wait_for_room():
+                error = None
+                continue
+            else:
+                refused = PoisonEvent(
                     "it does not fit into librdkafka's queue",
                     reason="queue_too_small",
                     hint="set kafka.producer.queue.buffering.max.kbytes above the largest payload",
                 )
-            except self._publisher.refusal as refusal:
-                refused = self._publisher.explain(refusal, topic)
-            else:
-                return None
             batch.outstanding -= 1
-            batch.per_topic[topic] -= 1
+            batch.per_topic[record.topic] -= 1
             if isinstance(refused, OperatorNeeded):
                 return refused
             raise refused
+
+    def _try_to_publish(self, record: Record) -> Exception | None:
+        topic, value, key, headers = record
+        on_delivery = self.watermark.current.on_delivery
+        try:
+            self._publisher.publish(topic, value, key, -1, on_delivery, None, self._commit_time_ms, headers)
+        except (BufferError, self._publisher.refusal) as error:
+            return error
+        return None
 
     def _put_away(self, frame: bytes, error: PoisonEvent | MalformedStream, *, topic: str = "") -> None:
         """Let an event that can never be published become a dead letter, or stop before it.

@@ -79,6 +79,8 @@ class EventDescription:
     event_id: str | None = None
     aggregate_type: str | None = None
     aggregate_id: str | None = None
+    #: of the record; None too if it is no text
+    key: bytes | None = None
     event_type: str | None = None
     #: as the data would have it, whether or not it may be written to
     topic: str | None = None
@@ -365,11 +367,18 @@ class Router:
             event_id=_text(value("id")),
             aggregate_type=_text(value("aggregate_type")),
             aggregate_id=_text(value("aggregate_id")),
+            key=self._key(row[self._column("aggregate_id", types)]),
             event_type=_text(value("event_type")),
             topic=self._topic.fill_in(tuple(map(value, self._topic.fields))),
             headers=headers,
             payload=payload,
         )
+
+    def _key(self, stored: bytes | None) -> bytes | None:
+        try:
+            return self._encoding.to_utf8(stored)
+        except MalformedStream:
+            return None
 
     def _payload(self, stored: bytes | None, type_oid: int) -> bytes | None:
         """As Kafka would have got it; what is no text, as it is stored."""

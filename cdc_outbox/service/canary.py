@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final
 
 from cdc_outbox.config import Config
-from cdc_outbox.errors import OperatorNeeded, TopicRefused
+from cdc_outbox.errors import BrokerUnavailable, CdcOutboxError, OperatorNeeded, TopicRefused
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.postgres.monitor import Monitor
 from cdc_outbox.relay.router import Outbox, Router, TopicTemplate
@@ -56,7 +56,7 @@ class Canary:
             try:
                 topics.require(self._topic, create=True)
                 self._has_topic = True
-            except OperatorNeeded as error:
+            except (OperatorNeeded, BrokerUnavailable) as error:
                 self._say(error)
         return self._has_topic
 
@@ -91,7 +91,7 @@ class Canary:
         except OperatorNeeded as error:
             self._say(error)
 
-    def _say(self, error: OperatorNeeded) -> None:
+    def _say(self, error: CdcOutboxError) -> None:
         """Once, not every few seconds."""
         if error.message != self._trouble:
             self._trouble = error.message

@@ -12,7 +12,7 @@ from cdc_outbox.errors import OperatorNeeded
 from cdc_outbox.postgres import catalog
 from cdc_outbox.postgres.catalog import Table
 from cdc_outbox.postgres.connection import Connection
-from cdc_outbox.postgres.encodings import Encoding
+from cdc_outbox.postgres.encodings import encoding_of
 from cdc_outbox.postgres.publication import SentTable, check_publication, wasteful
 from cdc_outbox.relay.router import Outbox, Router, Routing, Strays, TopicTemplate, check_payload_type, missing_field
 from cdc_outbox.service.logs import get_logger
@@ -41,7 +41,7 @@ def prepare_route(
         get_logger().warning("publication_wasteful", detail=waste)
     source = f"/postgresql/{connection.info.dbname}/{table}"
     outbox = Outbox(table.namespace, table.name, config.outbox.columns.mapping(), sent.oids)
-    encoding = Encoding.of_server(connection.info.parameter_status("server_encoding") or "")
+    encoding = encoding_of(connection)
     router = Router(outbox, topic, config.kafka.headers, source, require_topic, encoding)
     takes_in_others = publication.of_all_tables or publication.of_schemas
     strays = Strays(publication.listed if takes_in_others else None, sent.ignored)

@@ -1,4 +1,4 @@
-"""Shutdown: the first SIGTERM, SIGINT or SIGHUP asks for a clean end, the second ends the process at once.
+"""Shutdown: SIGTERM, SIGINT or SIGHUP asks for a clean end; a second SIGTERM or SIGINT ends the process at once.
 
 Waiting is done on a pipe that the signal handler writes to: a Python lock or event must not be touched in a handler.
 """
@@ -62,7 +62,8 @@ class Shutdown:
         select.select([self.descriptor], [], [], seconds)
 
     def _on_signal(self, _number: int, _frame: FrameType | None) -> None:
-        for number in _taken_over():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # of a terminal that closes come several
+        for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, signal.SIG_DFL)
         self.request()
         if self._interrupts:

@@ -114,7 +114,7 @@ class RelayState:
                 "aggregate_id": event.aggregate_id,
                 "event_type": event.event_type,
                 "topic": event.topic,
-                "key": event.aggregate_id.encode() if event.aggregate_id is not None else None,
+                "key": event.key,
                 "headers": _headers_to_json(event.headers),
                 "payload": event.payload,
                 "reason": poison.reason,

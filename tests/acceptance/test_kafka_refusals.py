@@ -4,15 +4,18 @@ Nothing is sent again and again while it stands.
 """
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AdminClient
 
 from acceptance.conftest import StartRelay
 from cdc_outbox.demo.ports import free_port
+from cdc_outbox.kafka.publisher import Publisher
 from fault.mock_kafka import MockKafka, mock_kafka
 from support import command
 from support.observing import delivered_ids, readyz, readyz_state
@@ -171,11 +174,10 @@ def test_events_of_topics_that_were_never_there_become_dead_letters(lenient: Wor
     good, bad = [], []
     with world.db.transaction():
         for number in range(500):
-            bad.append(world.insert(f"{world.name}_junk"))
+            bad += [world.insert(f"{world.name}_junk"), world.insert(f"{world.name}_junk_{number}")]
             if number % 50 == 0:
                 good.append(world.insert(aggregate_type))
-                bad.append(world.insert(f"{world.name}_junk_{number}"))
-    world.wait_until_confirmed(timeout_seconds=20)
+    world.wait_until_confirmed(timeout_seconds=30)
     letters = dead_letters(world)
     assert sorted(letter["event_id"] for letter in letters) == sorted(bad)
     assert {letter["reason"] for letter in letters} == {"topic_missing"}
@@ -219,3 +221,44 @@ def test_a_topic_that_goes_while_the_relay_runs_ends_it(lenient: World, start_re
     assert relay.process.wait(40) == 3
     assert f"topic {topic} does not exist" in relay.said()
     assert dead_letters(world) == []
+
+
+@pytest.mark.parametrize("last", ["a topic that is missing", "an event that is refused"])
+def test_a_refusal_and_a_missing_topic_in_one_transaction(lenient: World, start_relay: StartRelay, last: str) -> None:
+    """The report of the one comes while the other is dealt with."""
+    world = lenient
+    aggregate_type, small = world.create_topic(), f"{world.name}_small"
+    create_topic(world.bootstrap_servers, f"outbox.{small}", partitions=1, **{"max.message.bytes": "1000"})
+    with world.db.transaction():
+        good = [world.insert(aggregate_type) for _ in range(50)]
+        bad = [world.insert(small, payload=json.dumps({"x": os.urandom(2000).hex()}))]
+        bad.append(world.insert(f"{world.name}_missing"))
+        if last == "an event that is refused":
+            bad.append(world.insert(small, payload=json.dumps({"x": os.urandom(2000).hex()})))
+    relay = start_relay()
+    world.wait_until_confirmed()
+    assert [letter["event_id"] for letter in dead_letters(world)] == bad
+    delivered = delivered_ids(world, aggregate_type, len(good))
+    assert set(delivered) == set(good)
+    assert len(delivered) <= 3 * len(good)
+    assert (relay.metric('cdc_outbox_reconnects_total{side="kafka"}') or 0) <= 3
+
+
+def test_unexpected_answers_are_counted_whatever_comes_between(
+    lenient: World, mock: MockKafka, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cdc_outbox.kafka.publisher._FIRST_PAUSE_SECONDS", 0.001)
+    publisher = Publisher(mock.bootstrap_servers, {}, max_in_flight=10)
+    publisher.publish_one_by_one(lambda: publisher.poll(0.01))
+    sent: list[int] = []
+    answers = [KafkaError._TRANSPORT] * 7 + [FROM_THE_FUTURE] * 3 + [KafkaError._TRANSPORT] + [FROM_THE_FUTURE] * 10
+
+    def deliver(*_: object) -> KafkaError:
+        sent.append(answers[len(sent)])
+        return KafkaError(sent[-1])
+
+    monkeypatch.setattr(publisher, "_deliver", deliver)
+    with pytest.raises(KafkaException):
+        publisher.publish("outbox.event", b"", b"", -1, lambda *_: None, None, 0, [])
+    assert sent.count(FROM_THE_FUTURE) == 5
+    publisher.close()

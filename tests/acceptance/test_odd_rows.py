@@ -133,6 +133,59 @@ def test_a_byte_that_is_no_text(kafka: str, server: str, tmp_path: Path, encodin
             assert command.run(world.environment, *verb.split()).exit_code == 0, verb
 
 
+def test_a_standby_of_a_database_that_is_not_in_utf8(kafka: str, server: str, tmp_path: Path) -> None:
+    with make_world(server, kafka, encoding="LATIN1") as world:
+        world.settings["CDC_OUTBOX_POSTGRES__PUBLICATION"] = "größe"
+        world.settings["CDC_OUTBOX_CANARY__TOPIC"] = f"{world.name}-canary"
+        world.migrate(publication="größe")
+        aggregate_type = world.create_topic()
+        (tmp_path / "second").mkdir()
+        with run(world, tmp_path) as leader, run(world, tmp_path / "second") as standby:
+            leader.wait_until_ready()
+            wait_until(lambda: (standby.readyz() or {}).get("state") == "standby", "it stands by")
+            asked = time.monotonic()
+            wait_until(lambda: time.monotonic() > asked + 2, "and asks again and again")
+            leader.process.terminate()
+            assert leader.process.wait(20) == 0
+            standby.wait_until_ready()
+            event_id = world.insert(aggregate_type, "grün")
+            (message,) = world.read(aggregate_type, 1)
+            assert dict(headers_of(message))["id"] == event_id
+        assert "round trip: a canary was in" in command.run(world.environment, "doctor").out
+
+
+def test_a_dead_letter_with_a_key_that_is_no_text_wants_another(kafka: str, server: str, tmp_path: Path) -> None:
+    with make_world(server, kafka, encoding="SQL_ASCII") as world:
+        lenient(world)
+        aggregate_type = world.create_topic()
+        world.db.execute(
+            "INSERT INTO outbox (aggregate_type, aggregate_id, event_type, payload)"
+            " VALUES (%s, convert_from('\\x636166e9', 'SQL_ASCII'), 't', '{}')",
+            [aggregate_type],
+        )
+        with run(world, tmp_path):
+            world.wait_until_confirmed()
+            done = command.run(world.environment, "dead-letters", "redrive", "1")
+            assert (done.exit_code, "give one with --key" in done.error) == (2, True)
+            assert command.run(world.environment, "dead-letters", "redrive", "1", "--key", "café").exit_code == 0
+            (message,) = world.read(aggregate_type, 1)
+            assert message.key() == "café".encode()
+
+
+def test_an_id_of_any_length(world: World, start_relay: StartRelay) -> None:
+    world.settings["CDC_OUTBOX_RELAY__ON_POISON"] = "dead-letter"
+    world.db.execute(
+        "CREATE TABLE outbox (id text, aggregate_type text, aggregate_id text, event_type text, payload json)"
+    )
+    world.migrate()
+    start_relay()
+    event_id = os.urandom(30_000).hex()
+    world.insert("no topic", id=event_id)
+    world.wait_until_confirmed()
+    (letter,) = dead_letters(world)
+    assert letter["event_id"] == event_id
+
+
 def test_conversion_is_that_of_the_server(postgres: str) -> None:
     """For every byte of every encoding that we convert ourselves."""
     with psycopg.connect(postgres, autocommit=True) as connection:

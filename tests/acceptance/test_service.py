@@ -208,6 +208,21 @@ def test_a_log_that_cannot_be_written_ends_nothing(world: World, tmp_path: Path,
         os.close(stderr)
 
 
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_standard_streams_may_be_closed(world: World, log_format: str) -> None:
+    world.migrate()
+    aggregate_type = world.create_topic()
+    environment = command.environment({**world.environment, "CDC_OUTBOX_LOG_FORMAT": log_format})
+    relay = subprocess.Popen(["/bin/sh", "-c", f"exec {command.PROGRAM} run <&- >&- 2>&-"], env=environment)
+    try:
+        event_id = world.insert(aggregate_type)
+        world.wait_until_confirmed()
+        assert delivered_ids(world, aggregate_type, 1) == [event_id]
+    finally:
+        relay.terminate()
+    assert relay.wait(20) == 0
+
+
 def test_a_full_standard_output_is_said(world: World) -> None:
     world.migrate()
     with Path("/dev/full").open("w") as full:
@@ -215,6 +230,9 @@ def test_a_full_standard_output_is_said(world: World) -> None:
             ["status"],
             ["status", "--json"],
             ["config", "show"],
+            ["--help"],
+            ["--version"],
+            ["topics", "create", "--help"],
             ["migrate", "sql"],
             ["dead-letters", "list"],
         ):
@@ -228,7 +246,7 @@ def test_a_full_standard_output_is_said(world: World) -> None:
             )
             assert (done.returncode, done.stderr) == (
                 3,
-                "error: standard output cannot be written to: no space left\n",
+                "error: standard output cannot be written to: no space left on device\n",
             ), verb
 
 

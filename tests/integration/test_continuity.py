@@ -163,7 +163,7 @@ def test_a_relay_that_has_lost_the_slot_notes_nothing(migrated: World) -> None:
     with connect(migrated.dsn) as connection:
         for while_streaming in (False, True):
             taken_over = streaming(migrated) if while_streaming else nullcontext()
-            with taken_over, pytest.raises(SourceUnavailable, match="not ours any more"):
+            with taken_over, pytest.raises(SourceUnavailable, match="not read by this relay any more"):
                 frozen.note(connection, LSN(end - 8), limit=LSN(end - 8), walsender_pid=pid)
     assert migrated.db.execute("SELECT * FROM cdc_outbox.confirmation").fetchall() == noted
     assert check(migrated, successor)
