@@ -151,6 +151,7 @@ def test_a_standby_of_a_database_that_is_not_in_utf8(kafka: str, server: str, tm
             event_id = world.insert(aggregate_type, "grün")
             (message,) = world.read(aggregate_type, 1)
             assert dict(headers_of(message))["id"] == event_id
+        world.settings["CDC_OUTBOX_KAFKA__TOPIC"] = f"outbox.{aggregate_type}"  # not those of other tests
         assert "round trip: a canary was in" in command.run(world.environment, "doctor").out
 
 
