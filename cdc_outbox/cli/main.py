@@ -7,6 +7,7 @@ failed. A failure is one line on standard error that names the thing and how to 
 import errno
 import os
 import sys
+import traceback
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
@@ -75,8 +76,10 @@ class _Verbs(click.Group):
         try:
             return super().main(*args, **keywords)
         except OSError as error:
-            if error.errno in (None, errno.EPIPE) or not _is_of_standard_output():
+            if error.errno in (None, errno.EPIPE) or not _is_of_output(error):
                 raise
+            # What is held back is forgotten: Python would try once more at the end.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             logs.say(f"error: standard output cannot be written to: {os.strerror(error.errno).lower()}")
             sys.exit(OperatorNeeded.exit_code)
 
@@ -90,14 +93,10 @@ def _open_standard_streams() -> None:
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
 
 
-def _is_of_standard_output() -> bool:
-    """Whether it still cannot be written to. What it holds back is then forgotten, or Python would try once more."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+def _is_of_output(error: OSError) -> bool:
+    """Whether it was raised where something was printed, and not where a file was written."""
+    frame = list(traceback.walk_tb(error.__traceback__))[-1][0]
+    return str(frame.f_globals.get("__name__", "")).partition(".")[0] in ("click", "rich")
 
 
 def _say(ctx: click.Context, error: CdcOutboxError) -> None:
