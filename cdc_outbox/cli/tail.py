@@ -16,7 +16,8 @@ from cdc_outbox.errors import BrokenInvariant, CdcOutboxError
 from cdc_outbox.postgres.connection import connect_bounded
 from cdc_outbox.postgres.server import check_same_server
 from cdc_outbox.postgres.stream import ReplicationStream
-from cdc_outbox.relay.router import Headers, TopicTemplate
+from cdc_outbox.relay.headers import Headers
+from cdc_outbox.relay.topic_template import TopicTemplate
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.metrics import Metrics
 from cdc_outbox.service.preflight import prepare_route

@@ -6,25 +6,18 @@ and headers. From then on an Insert is one call of that plan.
 Pure: whether a topic exists is asked through a function the router is given.
 """
 
-import re
 from binascii import unhexlify
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from datetime import UTC, datetime
-from json import JSONDecoder
-from string import Formatter
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, NamedTuple
 
-import orjson
-
-from cdc_outbox.errors import ConfigurationError, MalformedStream, OperatorNeeded, PoisonEvent
+from cdc_outbox.errors import MalformedStream, OperatorNeeded, PoisonEvent
 from cdc_outbox.postgres.encodings import UTF8, Encoding
 from cdc_outbox.postgres.frames import MESSAGE_START
 from cdc_outbox.postgres.pgoutput import Relation, RowPlan, compile_insert_reader
-
-HeaderStyle = Literal["plain", "cloudevents", "debezium"]
-Headers = list[tuple[str, bytes | None]]
+from cdc_outbox.relay.headers import HEADER_CODE, Headers, HeaderStyle, cloudevents_maker, own_headers
+from cdc_outbox.relay.topic_template import TopicTemplate
 
 #: What the relay needs of a row; `headers` and whatever else the topic template names come on top.
 REQUIRED_FIELDS: Final = ("id", "aggregate_id", "event_type", "payload")
@@ -38,31 +31,6 @@ _MEDIA_TYPES: Final = {
     1043: b"text/plain; charset=utf-8",  # varchar
     _BYTEA: b"application/octet-stream",
 }
-
-#: What a row plan does for the headers of each style; cloudevents has too many for a line.
-_HEADER_CODE: Final[Mapping[HeaderStyle, str]] = {
-    "plain": '[("id", {id}), ("type", {event_type})]',
-    "debezium": '[("id", {id})]',
-    "cloudevents": "cloudevents({id}, {event_type}, {aggregate_id}, commit_time_ms)",
-}
-
-_LONGEST_TOPIC: Final = 249
-#: What Kafka takes as a topic's name at all (org.apache.kafka.common.internals.Topic), but for "." and "..".
-_LEGAL_TOPIC: Final = re.compile(r"[A-Za-z0-9._-]{1,249}")
-
-
-_UNREADABLE: Final = "headers_unreadable"
-#: Without one there is no escape in a JSON text, and so no NUL: the cheapest look there is.
-_BACKSLASH: Final = ord("\\")
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
-#: Numbers are kept as text: one of 5,000 digits is JSON, too.
-_DECODER: Final = JSONDecoder(parse_int=str, parse_float=str, parse_constant=_refuse_constant)
-_MEMBER_NAME: Final = re.compile(r'[\s,]*("(?:[^"\\]|\\.)*")\s*:\s*')
 
 
 class Record(NamedTuple):
@@ -86,82 +54,6 @@ class EventDescription:
     topic: str | None = None
     headers: Headers = dataclass_field(default_factory=list)
     payload: bytes | None = None
-
-
-_MakeHeaders = Callable[[bytes, bytes, bytes, int], Headers]
-
-
-class TopicTemplate:
-    """``outbox.{aggregate_type}``: literal text and column names in braces.
-
-    ``pattern`` is what every resulting topic must match as a whole. The default allows any legal characters where the
-    template has a placeholder, so that data chooses only what the template lets it choose.
-    Raises ConfigurationError for a template or pattern that cannot be read.
-    """
-
-    def __init__(self, template: str, pattern: str | None = None) -> None:
-        try:
-            parts = list(Formatter().parse(template))
-        except ValueError as error:
-            raise ConfigurationError(f"kafka.topic = {template!r}: {error}") from error
-        if not template or any(name == "" or spec or conversion for _, name, spec, conversion in parts):
-            raise ConfigurationError(
-                f"kafka.topic = {template!r} is not a template",
-                hint="write column names in braces, e.g. outbox.{aggregate_type}",
-            )
-        if not _is_legal("".join(literal + ("x" if name else "") for literal, name, _, _ in parts)):
-            raise ConfigurationError(
-                f"kafka.topic = {template!r} makes no topic that Kafka would take",
-                hint=f"use letters, digits, dots, underscores and hyphens, at most {_LONGEST_TOPIC}",
-            )
-        self.text = template
-        self.fields = tuple(name for _, name, _, _ in parts if name)
-        self._format = "".join(_escape(literal) + ("{}" if name else "") for literal, name, _, _ in parts)
-        derived = "".join(re.escape(literal) + ("[A-Za-z0-9._-]+" if name else "") for literal, name, _, _ in parts)
-        try:
-            self._pattern = re.compile(pattern or derived)
-        except re.error as error:
-            raise ConfigurationError(f"kafka.topic_pattern = {pattern!r}: {error}") from error
-
-    def render(self, values: tuple[bytes | None, ...]) -> str:
-        """The topic for the values of ``fields``. Raises PoisonEvent if data would name a topic it must not."""
-        topic = self.fill_in(values)
-        if topic is None:
-            raise PoisonEvent(
-                f"column {self.fields[values.index(None)]} is NULL, but kafka.topic is {self.text!r}",
-                reason="topic_unknown",
-            )
-        self.check(topic)
-        return topic
-
-    def allows(self, topic: str) -> bool:
-        """Whether data may name it."""
-        return _is_legal(topic) and self._pattern.fullmatch(topic) is not None
-
-    def check(self, topic: str) -> None:
-        """Raises PoisonEvent unless ``topic`` is one that data may name."""
-        if not self.allows(topic):
-            shown = repr(topic[:_LONGEST_TOPIC])
-            why = f"does not match {self._pattern.pattern!r}" if _is_legal(topic) else "is no name that Kafka takes"
-            raise PoisonEvent(
-                f"topic {shown} {why}",
-                reason="topic_not_allowed",
-                hint="correct what writes the row, or widen kafka.topic_pattern",
-            )
-
-    def fill_in(self, values: tuple[bytes | None, ...]) -> str | None:
-        """The topic as the data would have it, allowed or not; None if a value is missing."""
-        if None in values:
-            return None
-        return self._format.format(*(value.decode(errors="replace") for value in values if value is not None))
-
-
-def _is_legal(topic: str) -> bool:
-    return _LEGAL_TOPIC.fullmatch(topic) is not None and topic not in (".", "..")
-
-
-def _escape(literal: str) -> str:
-    return literal.replace("{", "{{").replace("}", "}}")
 
 
 class _Topics(dict[tuple[bytes | None, ...], str]):
@@ -285,7 +177,7 @@ class Router:
         check_payload_type(outbox, self._column("payload", types), payload_type)
         topic_fields = {f"topic{number}": field for number, field in enumerate(self._topic.fields)}
         fields = {**{field: field for field in REQUIRED_FIELDS}, **topic_fields}
-        body = ["if {aggregate_id} is None: raise key_is_null()", f"headers = {_HEADER_CODE[self._style]}"]
+        body = ["if {aggregate_id} is None: raise key_is_null()", f"headers = {HEADER_CODE[self._style]}"]
         if outbox.column("headers", types):
             fields["headers"] = "headers"
             body.append("if {headers} is not None: headers += own_headers({headers})")
@@ -307,9 +199,9 @@ class Router:
                 "topics": self._topics,
                 "to_utf8": self._encoding.to_utf8,
                 "key_is_null": _key_is_null,
-                "own_headers": _own_headers,
+                "own_headers": own_headers,
                 "unhex": _unhex,
-                "cloudevents": _cloudevents_maker(self._source, _MEDIA_TYPES[payload_type]),
+                "cloudevents": cloudevents_maker(self._source, _MEDIA_TYPES[payload_type]),
             },
         )
 
@@ -351,8 +243,8 @@ class Router:
         make_headers = RowPlan(
             relation,
             {field: self._column(field, types) for field in ("id", "event_type", "aggregate_id")},
-            [f"return {_HEADER_CODE[self._style]}"],
-            {"cloudevents": _cloudevents_maker(self._source, _MEDIA_TYPES[types[payload_column]])},
+            [f"return {HEADER_CODE[self._style]}"],
+            {"cloudevents": cloudevents_maker(self._source, _MEDIA_TYPES[types[payload_column]])},
         ).read
         headers: Headers = [
             (name, self._encoding.text(content or b"").encode())
@@ -360,7 +252,7 @@ class Router:
         ]
         if text := value("headers"):
             try:
-                headers += _own_headers(text)
+                headers += own_headers(text)
             except PoisonEvent:
                 headers.append(("headers", text))  # kept as they are, for whoever mends them
         return EventDescription(
@@ -407,61 +299,6 @@ def check_payload_type(outbox: Outbox, column: str, type_oid: int) -> None:
 
 def _key_is_null() -> PoisonEvent:
     return PoisonEvent("the aggregate id is NULL", reason="aggregate_id_null")
-
-
-def _cloudevents_maker(source: bytes, media_type: bytes) -> _MakeHeaders:
-    def cloudevents(event_id: bytes, event_type: bytes, key: bytes, commit_time_ms: int) -> Headers:
-        # Source: "Kafka Protocol Binding for CloudEvents 1.0", 3.2 binary content mode
-        return [
-            ("ce_specversion", b"1.0"),
-            ("ce_id", event_id),
-            ("ce_source", source),
-            ("ce_type", event_type),
-            ("ce_subject", key),
-            ("ce_time", datetime.fromtimestamp(commit_time_ms / 1000, UTC).isoformat(timespec="milliseconds").encode()),
-            ("content-type", media_type),
-        ]
-
-    return cloudevents
-
-
-def _own_headers(text: bytes) -> Headers:
-    """The row's own headers: a JSON object of strings. Other JSON values travel as their JSON text, null as null."""
-    try:
-        own = orjson.loads(text)
-    except orjson.JSONDecodeError:
-        own = _members_as_written(text)  # numbers beyond a float's are JSON too
-    if own is None:  # JSON's null, as some mappers write NULL
-        return []
-    if not isinstance(own, dict):
-        raise PoisonEvent("the headers are not a JSON object", reason=_UNREADABLE)
-    if _BACKSLASH in text and any("\0" in name for name in own):
-        raise PoisonEvent("a header's name has a NUL in it, where Kafka's clients would cut it", reason=_UNREADABLE)
-    try:
-        return [(name, value.encode() if value is not None else None) for name, value in own.items()]
-    except AttributeError:  # neither a string nor null
-        own = _members_as_written(text)
-        return [(name, None if value is None else value.encode()) for name, value in own.items()]
-
-
-def _members_as_written(text: bytes) -> Any:
-    """What is in a JSON object; values that are neither strings nor null as they are written: 1.10, and not 1.1."""
-    try:
-        written = text.decode()
-        value = _DECODER.decode(written)
-        if not isinstance(value, dict):
-            return value
-        members: dict[str, str | None] = {}
-        at = written.index("{") + 1
-        while name := _MEMBER_NAME.match(written, at):
-            value, at = _DECODER.raw_decode(written, name.end())
-            as_written = value is not None and not isinstance(value, str)
-            members[_DECODER.decode(name[1])] = written[name.end() : at] if as_written else value
-        for member in members.items():
-            "".join(filter(None, member)).encode()  # half a surrogate pair is JSON, and no text
-    except (ValueError, RecursionError) as error:
-        raise PoisonEvent(f"the headers cannot be read: {error}", reason=_UNREADABLE) from error
-    return members
 
 
 def _text(value: bytes | None) -> str | None:

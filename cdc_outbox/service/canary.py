@@ -12,7 +12,8 @@ from cdc_outbox.config import Config
 from cdc_outbox.errors import BrokerUnavailable, CdcOutboxError, OperatorNeeded, TopicRefused
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.postgres.monitor import Monitor
-from cdc_outbox.relay.router import Outbox, Router, TopicTemplate
+from cdc_outbox.relay.router import Outbox, Router
+from cdc_outbox.relay.topic_template import TopicTemplate
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics

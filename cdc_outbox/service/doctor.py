@@ -21,7 +21,7 @@ from cdc_outbox.postgres.examination import (
     examine_server,
     examine_slot,
 )
-from cdc_outbox.relay.router import TopicTemplate
+from cdc_outbox.relay.topic_template import TopicTemplate
 from cdc_outbox.service.preflight import check_sent, find_outbox
 from cdc_outbox.service.round_trip import make_round_trip
 

@@ -14,7 +14,8 @@ from cdc_outbox.postgres.catalog import Table
 from cdc_outbox.postgres.connection import Connection
 from cdc_outbox.postgres.encodings import encoding_of
 from cdc_outbox.postgres.publication import SentTable, check_publication, wasteful
-from cdc_outbox.relay.router import Outbox, Router, Routing, Strays, TopicTemplate, check_payload_type, missing_field
+from cdc_outbox.relay.router import Outbox, Router, Routing, Strays, check_payload_type, missing_field
+from cdc_outbox.relay.topic_template import TopicTemplate
 from cdc_outbox.service.logs import get_logger
 
 

@@ -20,7 +20,8 @@ from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.publication import SentTable
 from cdc_outbox.postgres.settlement import Settlement
 from cdc_outbox.relay.dead_letters import DeadLetter, DeadLetters, RedriveRequest
-from cdc_outbox.relay.router import Headers, Record
+from cdc_outbox.relay.headers import Headers
+from cdc_outbox.relay.router import Record
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
 

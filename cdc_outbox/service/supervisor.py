@@ -35,7 +35,8 @@ from cdc_outbox.postgres.publication import SentTable
 from cdc_outbox.postgres.server import check_same_server
 from cdc_outbox.postgres.slots import check_slot
 from cdc_outbox.postgres.stream import ReplicationStream
-from cdc_outbox.relay.router import Routing, TopicTemplate
+from cdc_outbox.relay.router import Routing
+from cdc_outbox.relay.topic_template import TopicTemplate
 from cdc_outbox.service.canary import Canary, make_canary_router
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.http import HttpServer

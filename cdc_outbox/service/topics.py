@@ -11,7 +11,7 @@ from cdc_outbox.kafka.topics import create_topic, partitions_of_topics
 from cdc_outbox.postgres import topic_values
 from cdc_outbox.postgres.catalog import find_table
 from cdc_outbox.postgres.connection import Connection, connect
-from cdc_outbox.relay.router import TopicTemplate
+from cdc_outbox.relay.topic_template import TopicTemplate
 
 #: The one column that can be given by hand.
 _GIVEN = "aggregate_type"

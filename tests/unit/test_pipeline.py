@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from cdc_outbox.errors import CdcOutboxError, MalformedStream, OperatorNeeded, PoisonEvent
 from cdc_outbox.relay.dead_letters import DeadLetter, DeadLetters, RedriveRequest
 from cdc_outbox.relay.pipeline import BATCH_EVENTS, Pipeline
-from cdc_outbox.relay.router import Outbox, Record, Router, Routing, Strays, TopicTemplate
+from cdc_outbox.relay.router import Outbox, Record, Router, Routing, Strays
+from cdc_outbox.relay.topic_template import TopicTemplate
 from cdc_outbox.service.state import Stateless
 from support import frames
 
