@@ -312,9 +312,12 @@ def _explain(error: KafkaError, topic: str, *, alone: bool) -> CdcOutboxError:
 def _explain_to_operator(code: int, reason: str, topic: str) -> TopicRefused:
     if code in _MISSING:
         return TopicRefused(f"topic {topic} does not exist (any more): {reason}", topic=topic, hint=MISSING_TOPIC_HINT)
-    hint = (
-        "grant WRITE and DESCRIBE on the topic (and IDEMPOTENT_WRITE on the cluster, before Kafka 2.8)"
-        if code in _FORBIDDEN
-        else "check kafka.producer, topic and broker"
+    if code in _FORBIDDEN:
+        return TopicRefused(
+            f"topic {topic} must not be written to: {reason}",
+            topic=topic,
+            hint="grant WRITE on the topic, and DESCRIBE (before Kafka 2.8 IDEMPOTENT_WRITE on the cluster, too)",
+        )
+    return TopicRefused(
+        f"topic {topic} cannot be written to: {reason}", topic=topic, hint="check kafka.producer, topic and broker"
     )
-    return TopicRefused(f"topic {topic} cannot be written to: {reason}", topic=topic, hint=hint)
