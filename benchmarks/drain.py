@@ -31,7 +31,7 @@ class Drained:
 
     @property
     def events_per_second(self) -> float:
-        return self.events / self.seconds
+        return self.events / max(self.seconds, 0.001)  # the clock is that of Kafka's timestamps
 
     @property
     def relay_per_walsender(self) -> float | None:

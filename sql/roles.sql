@@ -48,8 +48,13 @@ BEGIN
              WHERE defaclnamespace = 'cdc_outbox'::regnamespace AND defaclobjtype = 'r'
                AND pg_get_userbyid(entry.grantee) = named
         LOOP
-            EXECUTE format('ALTER DEFAULT PRIVILEGES FOR ROLE %I IN SCHEMA cdc_outbox REVOKE ALL ON TABLES FROM %I',
-                           default_owner, named);
+            BEGIN
+                EXECUTE format('ALTER DEFAULT PRIVILEGES FOR ROLE %I IN SCHEMA cdc_outbox REVOKE ALL ON TABLES FROM %I',
+                               default_owner, named);
+            EXCEPTION WHEN insufficient_privilege THEN
+                RAISE WARNING 'tables that % makes in schema cdc_outbox would be %''s to read', default_owner, named
+                    USING HINT = 'Let that role, or a superuser, run sql/roles.sql.';
+            END;
         END LOOP;
         EXECUTE format('GRANT USAGE ON SCHEMA cdc_outbox TO %I', named);
     END LOOP;
@@ -74,8 +79,4 @@ BEGIN
             GRANT SELECT ON cdc_outbox.event_status TO cdc_outbox_reader;
         END IF;
     END IF;
-EXCEPTION
-    WHEN insufficient_privilege THEN
-        RAISE WARNING 'rights of cdc-outbox''s roles were not set: %', SQLERRM
-            USING HINT = 'Let the owner of everything in schema cdc_outbox, or a superuser, run sql/roles.sql.';
 END $$;

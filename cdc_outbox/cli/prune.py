@@ -12,6 +12,7 @@ from cdc_outbox.cli.main import Settings
 from cdc_outbox.postgres.catalog import find_table
 from cdc_outbox.postgres.connection import connect
 from cdc_outbox.postgres.pruning import prune
+from cdc_outbox.service.logs import say
 
 
 @click.command()
@@ -39,5 +40,5 @@ def command(settings: Settings, *, older_than: timedelta) -> None:
     for partition in pruned.partitions:
         click.echo(f"dropped partition {partition}")
     for partition in pruned.busy:
-        click.echo(f"partition {partition} is in use and stays for now", err=True)
+        say(f"partition {partition} is in use and stays for now")
     click.echo(f"{pruned.rows} rows pruned from {table}")

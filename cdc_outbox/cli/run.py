@@ -12,6 +12,6 @@ def command(settings: Settings) -> None:
     """Relay: tail the log, publish, confirm.
 
     Reconnects by itself and stands by while another relay has the slot. SIGTERM, SIGINT or SIGHUP: publish what was
-    read, confirm it, exit 0; a second signal ends at once.
+    read, confirm it, exit 0; a second SIGTERM or SIGINT ends at once.
     """
     Supervisor(settings.config).run()

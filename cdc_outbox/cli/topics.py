@@ -11,6 +11,7 @@ from rich.text import Text
 from cdc_outbox.cli.main import Settings
 from cdc_outbox.cli.terminal import printable
 from cdc_outbox.errors import ConfigurationError
+from cdc_outbox.service.logs import say
 from cdc_outbox.service.topics import WantedTopic, create_topics, find_topics
 
 _types = click.argument("aggregate_types", nargs=-1, metavar="[AGGREGATE_TYPE]...")
@@ -57,7 +58,7 @@ def create(
         if topic.refusal and aggregate_types:
             raise ConfigurationError(topic.refusal, hint="narrow or widen kafka.topic_pattern, or name another type")
         if topic.refusal:
-            click.echo(f"passed over: {topic.refusal}", err=True)
+            say(f"passed over: {topic.refusal}")
     created = 0
     for topic in create_topics(settings.config, topics, partitions=partitions, replication_factor=replication_factor):
         created += 1

@@ -21,7 +21,7 @@ from cdc_outbox.errors import (
     PoisonEvent,
     TopicRefused,
 )
-from cdc_outbox.kafka.refusals import Verdict, denies_us, verdict_on
+from cdc_outbox.kafka.refusals import FORBIDDEN, MISSING, Verdict, denies_us, verdict_on
 
 ProducerSettings = Mapping[str, str | int | float | bool]
 
@@ -72,12 +72,6 @@ _POISON_HINTS: Final = {
 _POISON_HINT: Final = (
     "raise the limit (the topic's max.message.bytes, kafka.producer.message.max.bytes), or correct what writes the row"
 )
-#: Of codes that say a topic is missing.
-_MISSING: Final = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})  # noqa: SLF001
-_FORBIDDEN: Final = frozenset(
-    {KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED},
-)
-
 #: For one event at a time: nothing can pass a refused one then, and the producer need not die of it.
 _ALONE: Final[dict[str, str | int | bool]] = {"enable.gapless.guarantee": False, "linger.ms": 0}
 
@@ -310,9 +304,9 @@ def _explain(error: KafkaError, topic: str, *, alone: bool) -> CdcOutboxError:
 
 
 def _explain_to_operator(code: int, reason: str, topic: str) -> TopicRefused:
-    if code in _MISSING:
+    if code in MISSING:
         return TopicRefused(f"topic {topic} does not exist (any more): {reason}", topic=topic, hint=MISSING_TOPIC_HINT)
-    if code in _FORBIDDEN:
+    if code in FORBIDDEN:
         return TopicRefused(
             f"topic {topic} must not be written to: {reason}",
             topic=topic,

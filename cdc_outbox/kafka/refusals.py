@@ -225,6 +225,10 @@ _BY_CODE: Final = {
     getattr(KafkaError, name): verdict for name, verdict in _VERDICTS.items() if hasattr(KafkaError, name)
 }
 
+#: Of a topic: it is not there; it must not be seen, or not be written to.
+MISSING: Final = frozenset({KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC})  # noqa: SLF001
+FORBIDDEN: Final = frozenset({KafkaError.TOPIC_AUTHORIZATION_FAILED, KafkaError.CLUSTER_AUTHORIZATION_FAILED})
+
 #: What librdkafka puts into the text of a failed login when it could not be tried: the broker went away meanwhile, or
 #: (OAUTHBEARER) the token could not be fetched, and the one that it has may be good for another while.
 _NOT_ANSWERED: Final = (
@@ -238,8 +242,7 @@ _NOT_ANSWERED: Final = (
 )
 _LOGIN: Final = frozenset(
     {
-        KafkaError.TOPIC_AUTHORIZATION_FAILED,
-        KafkaError.CLUSTER_AUTHORIZATION_FAILED,
+        *FORBIDDEN,
         KafkaError.SASL_AUTHENTICATION_FAILED,
         KafkaError.UNSUPPORTED_SASL_MECHANISM,
         KafkaError._AUTHENTICATION,  # noqa: SLF001 - librdkafka's own codes are spelt so

@@ -9,7 +9,7 @@ from confluent_kafka.cimpl import NewTopic
 
 from cdc_outbox.errors import BrokerUnavailable, CdcOutboxError, PoisonEvent, TopicRefused
 from cdc_outbox.kafka.publisher import MISSING_TOPIC_HINT, Publisher
-from cdc_outbox.kafka.refusals import Verdict, verdict_on
+from cdc_outbox.kafka.refusals import FORBIDDEN, MISSING, Verdict, verdict_on
 
 #: How long a topic may take to be known to every broker: one that we have created, and one that somebody else has.
 _CREATED_SECONDS: Final = 3.0
@@ -19,11 +19,14 @@ _REQUEST_SECONDS: Final = 5.0
 #: rows that name such topics may come by thousands.
 _MISSING_SECONDS: Final = 1.0
 _MOST_MISSING: Final = 10_000
-_ROW_HINT: Final = "correct what writes the row"
 
 
-class _Missing(TopicRefused):
-    """The broker says that there is no such topic."""
+class _NotThere(TopicRefused):
+    """The broker says that there is no such topic, or that we must not know."""
+
+
+class _Forbidden(_NotThere):
+    pass
 
 
 class Topics:
@@ -56,37 +59,43 @@ class Topics:
             return
         if create or self._create:
             create_topic(self._publisher, topic)
-            self._wait_for(topic, _CREATED_SECONDS)
-        else:
-            self._wait_for(topic, _PROPAGATION_SECONDS)
+            if not self._appears(topic, _CREATED_SECONDS):
+                raise BrokerUnavailable(f"topic {topic} was created, and the brokers do not know it yet")
+        elif not self._appears(topic, self._patience()):
+            self._waited_at = time.monotonic()
+            raise _NotThere(f"topic {topic} does not exist", topic=topic, hint=MISSING_TOPIC_HINT)
         self._see({topic})
 
     def require_for_event(self, topic: str) -> None:
         """``require`` a topic that an event names: if it was never there, that is the event's fault.
 
-        Raises PoisonEvent then; TopicRefused if it has gone, or is forbidden; BrokerUnavailable.
+        Nor is one that is forbidden, as long as others are not: Kafka does not tell the two apart to everybody.
+        Raises PoisonEvent then; TopicRefused if it has gone, or we may see none at all; BrokerUnavailable.
         """
         if time.monotonic() - self._missing_at.get(topic, float("-inf")) < _MISSING_SECONDS:
             raise _missing_for_event(topic)
         try:
             self.require(topic)
-        except _Missing as error:
-            if topic in self._ever_seen:
+        except _NotThere as error:
+            if topic in self._ever_seen or (isinstance(error, _Forbidden) and not self._ever_seen):
                 raise
             if len(self._missing_at) >= _MOST_MISSING:
                 self._missing_at.clear()
             self._missing_at[topic] = time.monotonic()
             raise _missing_for_event(topic) from error
 
-    def _wait_for(self, topic: str, seconds: float) -> None:
-        began = time.monotonic()
-        if began - self._waited_at < _MISSING_SECONDS and not self._create:
-            seconds = 0
+    def _patience(self) -> float:
+        """Seconds that a topic may take to appear; none right after another one has not."""
+        has_just_waited = time.monotonic() - self._waited_at < _MISSING_SECONDS
+        return 0.0 if has_just_waited else _PROPAGATION_SECONDS
+
+    def _appears(self, topic: str, within_seconds: float) -> bool:
+        deadline = time.monotonic() + within_seconds
         while not self._exists(topic):
-            if time.monotonic() - began > seconds:
-                self._waited_at = time.monotonic()
-                raise _Missing(f"topic {topic} does not exist", topic=topic, hint=MISSING_TOPIC_HINT)
+            if time.monotonic() > deadline:
+                return False
             time.sleep(0.02)
+        return True
 
     def _see(self, topics: set[str]) -> None:
         self._known |= topics
@@ -99,15 +108,9 @@ class Topics:
             raise BrokerUnavailable(f"no broker answers about topic {topic}: {refused.args[0].str()}") from refused
         if error is None or verdict_on(error) is Verdict.PASSING:  # a leader is being elected
             return True
-        if error.code() in (KafkaError.UNKNOWN_TOPIC_OR_PART, KafkaError._UNKNOWN_TOPIC):  # noqa: SLF001
+        if error.code() in MISSING:
             return False
-        if verdict_on(error) is Verdict.POISON:
-            raise PoisonEvent(f"topic {topic} is none: {error.str()}", reason=error.name(), hint=_ROW_HINT)
-        raise TopicRefused(
-            f"topic {topic} cannot be described: {error.str()}",
-            topic=topic,
-            hint="grant DESCRIBE and WRITE on the topic; or create it, if it does not exist",
-        )
+        raise _cannot_be_described(topic, error)
 
 
 def create_topic(
@@ -140,11 +143,25 @@ def _missing_for_event(topic: str) -> PoisonEvent:
     )
 
 
+def _cannot_be_described(topic: str, error: KafkaError) -> CdcOutboxError:
+    what = f"topic {topic} cannot be described: {error.str()}"
+    if error.code() in FORBIDDEN:
+        hint = "grant DESCRIBE and WRITE on the topic; or create it, if it does not exist"
+        return _Forbidden(what, topic=topic, hint=hint)
+    return _explain(what, topic, error, hint="check topic and broker")
+
+
 def _cannot_be_created(topic: str, error: KafkaError) -> CdcOutboxError:
     what = f"topic {topic} cannot be created: {error.str()}"
+    if error.code() in FORBIDDEN:
+        return TopicRefused(what, topic=topic, hint="grant CREATE on the topic, or let somebody else create it")
+    return _explain(what, topic, error, hint="choose other partitions and replicas, or create it by other means")
+
+
+def _explain(what: str, topic: str, error: KafkaError, *, hint: str) -> CdcOutboxError:
     verdict = verdict_on(error)
     if verdict is Verdict.POISON:
-        return PoisonEvent(what, reason=error.name(), hint=_ROW_HINT)
-    if verdict in (Verdict.PASSING, Verdict.START_AGAIN):
-        return BrokerUnavailable(what)
-    return TopicRefused(what, topic=topic, hint="cdc-outbox topics create --partitions ... --replication-factor ...")
+        return PoisonEvent(what, reason=error.name(), hint=f"correct what writes the row; or {hint}")
+    if verdict is Verdict.OPERATOR:
+        return TopicRefused(what, topic=topic, hint=hint)
+    return BrokerUnavailable(what)

@@ -106,8 +106,10 @@ _NEEDS_OPERATOR: Final = {
 #: What passes although its class does not say so: a server that has become a standby, a session that was cut off.
 _PASSING: Final = frozenset({"25006", "25P03", "25P04"})
 _PASSING_CLASSES: Final = ("08", "57", "53", "40", "58", "XX")
+#: May read all of the relay's state, but for what events say.
+READER: Final = "cdc_outbox_reader"
 #: Whose rights are those of sql/roles.sql, and no others.
-OUR_ROLES: Final = ("cdc_outbox_relay", "cdc_outbox_reader")
+OUR_ROLES: Final = ("cdc_outbox_relay", READER)
 STATEMENT_TIMEOUT: Final = "5s"
 
 
@@ -265,12 +267,15 @@ def explain(error: psycopg.Error, what: str, hints: Mapping[str, str] | None = N
     return OperatorNeeded(f"{reason} (SQLSTATE {state})")
 
 
-def granting(connection: Connection, *rights: str, schema: str = "cdc_outbox") -> dict[str, str]:
-    """Hints for ``translated``: what to grant where the role may not do what is done. ``rights`` as GRANT has them."""
+def granting(connection: Connection, *granted: str, schema: str = "") -> dict[str, str]:
+    """Hints for ``translated``: what to grant where the role may not do what is done.
+
+    ``granted`` are rights or roles, as GRANT has them; ``schema`` is the outbox's, where that is read.
+    """
     user = connection.info.user
     role = "..." if user in OUR_ROLES else sql.Identifier(user).as_string()
-    needed = (f"USAGE ON SCHEMA {sql.Identifier(schema).as_string()}", *rights)
-    grants = "; ".join(f"GRANT {right} TO {role}" for right in needed)
+    usage = [f"USAGE ON SCHEMA {sql.Identifier(schema).as_string()}"] if schema else []
+    grants = "; ".join(f"GRANT {right} TO {role}" for right in (*usage, *granted))
     # What is granted to these two is taken back by the next `migrate up`.
     return {"42501": f"let a role of your own do this: {grants}" if user in OUR_ROLES else grants}
 

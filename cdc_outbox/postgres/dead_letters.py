@@ -16,7 +16,7 @@ from psycopg import sql
 from psycopg.rows import dict_row
 
 from cdc_outbox.errors import ConfigurationError, OperatorNeeded
-from cdc_outbox.postgres.connection import MIGRATE_HINT, BoundedConnection, Connection, granting, translated
+from cdc_outbox.postgres.connection import MIGRATE_HINT, READER, BoundedConnection, Connection, granting, translated
 from cdc_outbox.postgres.lsn import LSN
 
 Row = dict[str, Any]
@@ -29,7 +29,7 @@ _STATE: Final = """
                  AND NOT EXISTS (SELECT FROM cdc_outbox.redrive_outcome WHERE request_id = request.id))
          THEN 'redriving' ELSE letter.state END AS state
 """
-_RIGHT_TO_READ: Final = "SELECT ON cdc_outbox.dead_letter, cdc_outbox.redrive_request, cdc_outbox.redrive_outcome"
+_READ_EVENTS: Final = "SELECT ON cdc_outbox.dead_letter"
 #: Without what an event says, in the order a person would read them.
 _SUMMARY: Final = (
     f"id, {_STATE}, created_at, reason, detail, attempts, event_id, aggregate_type, aggregate_id, event_type, topic, "
@@ -96,7 +96,7 @@ def to_redrive(connection: Connection, dead_letter_id: int) -> Row | None:
 
 def get(connection: Connection, dead_letter_id: int) -> Row | None:
     """One dead letter, payload and all."""
-    rows = _select(connection, f"{_SUMMARY}, key, headers, payload", "WHERE id = %s", [dead_letter_id])
+    rows = _select(connection, f"{_SUMMARY}, key, headers, payload", "WHERE id = %s", [dead_letter_id], _READ_EVENTS)
     return rows[0] if rows else None
 
 
@@ -119,7 +119,7 @@ def find(connection: Connection, wanted: Filter) -> list[Row]:
 
 def count_waiting(connection: Connection) -> int | None:
     """Dead letters that somebody must decide about; None if the schema is not installed."""
-    with translated("reading cdc_outbox.dead_letter", granting(connection, _RIGHT_TO_READ)):
+    with translated("reading cdc_outbox.dead_letter", granting(connection, READER)):
         try:
             row = connection.execute("SELECT count(id) FROM cdc_outbox.dead_letter WHERE state = 'open'").fetchone()
         except psycopg.errors.UndefinedTable:
@@ -141,7 +141,9 @@ def request_redrive(
     for name, given in (("topic", topic), ("key", key)):
         if letter[name] is None and given is None:
             raise ConfigurationError(f"dead letter {dead_letter_id} has no {name}", hint=f"give one with --{name}")
-    with translated("asking for a redrive", granting(connection, "INSERT ON cdc_outbox.redrive_request")):
+    with translated(
+        "asking for a redrive", granting(connection, READER, _READ_EVENTS, "INSERT ON cdc_outbox.redrive_request")
+    ):
         connection.execute(
             "INSERT INTO cdc_outbox.redrive_request (slot, dead_letter_id, topic, key) VALUES (%s, %s, %s, %s)",
             [slot, dead_letter_id, topic, key],
@@ -150,7 +152,7 @@ def request_redrive(
 
 def discard(connection: Connection, dead_letter_id: int, note: str) -> None:
     """Nothing more is to be done about it; it is kept, with ``note``. Raises ConfigurationError if it is not open."""
-    rights = granting(connection, "SELECT, UPDATE ON cdc_outbox.dead_letter")
+    rights = granting(connection, READER, "SELECT, UPDATE ON cdc_outbox.dead_letter")
     with connection.transaction(), translated("discarding a dead letter", rights):
         _find_open(connection, dead_letter_id)
         _change_state(connection, [dead_letter_id], "discarded", note=note)
@@ -218,7 +220,7 @@ def _check_whose(connection: Connection, dead_letter_id: int, theirs: str, ours:
 
 
 def _find_open(connection: Connection, dead_letter_id: int) -> Row:
-    rows = _select(connection, "state, slot, topic, key", "WHERE id = %s", [dead_letter_id])
+    rows = _select(connection, "state, slot, topic, key", "WHERE id = %s", [dead_letter_id], _READ_EVENTS)
     if not rows:
         raise unknown(dead_letter_id)
     letter = rows[0]
@@ -248,8 +250,13 @@ def _change_state(connection: Connection, ids: Sequence[int], state: str, *, not
 
 
 def _select(
-    connection: Connection, columns: LiteralString, rest: LiteralString, parameters: Sequence[Any]
+    connection: Connection,
+    columns: LiteralString,
+    rest: LiteralString,
+    parameters: Sequence[Any],
+    *needed: str,
 ) -> list[Row]:
-    with translated("reading cdc_outbox.dead_letter", granting(connection, _RIGHT_TO_READ)):
+    """``needed`` beside what a reader may see."""
+    with translated("reading cdc_outbox.dead_letter", granting(connection, READER, *needed)):
         cursor = connection.cursor(row_factory=dict_row)
         return cursor.execute(f"SELECT {columns} FROM cdc_outbox.dead_letter AS letter {rest}", parameters).fetchall()  # noqa: S608

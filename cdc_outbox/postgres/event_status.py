@@ -13,7 +13,7 @@ from psycopg import sql
 
 from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.postgres.catalog import Table
-from cdc_outbox.postgres.connection import Connection, granting, translated
+from cdc_outbox.postgres.connection import READER, Connection, granting, translated
 from cdc_outbox.postgres.encodings import encoding_of
 
 #: More rows than this nobody reads; the count says how many there are.
@@ -26,7 +26,7 @@ _TIMES: Final = frozenset({1082, 1114, 1184})
 
 def known_published(connection: Connection, slot: str, *, for_at_least: timedelta) -> dict[int, str]:
     """By the OID of each heap the transactions, an int8multirange, whose rows are published, or dead, for so long."""
-    rights = granting(connection, "SELECT ON cdc_outbox.settled, cdc_outbox.coverage")
+    rights = granting(connection, READER)
     with translated("reading cdc_outbox.settled", rights):
         rows = connection.execute(
             """
@@ -64,12 +64,7 @@ def stuck_rows(
     Rows of which it cannot be told, and those that became dead letters, are not stuck. Needs SELECT on the table.
     """
     names = {field: sql.Identifier(column) for field, column in columns.of(table.columns).items()}
-    rights = granting(
-        connection,
-        "USAGE ON SCHEMA cdc_outbox",
-        f"SELECT ON {table.identifier.as_string()}, cdc_outbox.settled, cdc_outbox.coverage, cdc_outbox.dead_letter",
-        schema=table.namespace,
-    )
+    rights = granting(connection, READER, f"SELECT ON {table.identifier.as_string()}", schema=table.namespace)
     with translated(f"looking for stuck rows in {table}", rights):
         tracked = connection.execute("SELECT current_setting('track_commit_timestamp')::bool").fetchone() == (True,)
         if tracked:
@@ -121,7 +116,7 @@ def stuck_rows(
 
 def count_unknown(connection: Connection, slot: str) -> int | None:
     """Rows of which it cannot be told whether they were published; None if there is no view that would know."""
-    rights = granting(connection, "SELECT ON cdc_outbox.event_status")
+    rights = granting(connection, READER)
     with translated("reading cdc_outbox.event_status", rights):
         try:
             row = connection.execute(

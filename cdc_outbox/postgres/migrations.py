@@ -22,7 +22,7 @@ from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.errors import OperatorNeeded
 from cdc_outbox.postgres import continuity, settlement
 from cdc_outbox.postgres.catalog import check_server, find_table, server_major
-from cdc_outbox.postgres.connection import SLOT_HINTS, Connection, translated
+from cdc_outbox.postgres.connection import READER, SLOT_HINTS, Connection, granting, translated
 from cdc_outbox.postgres.publication import check_publication, wasteful
 from cdc_outbox.postgres.slots import check_slot, check_whose_slot, create_slot_sql, find_slot, slot_anew_hint
 
@@ -34,6 +34,7 @@ _PUBLICATION_FILE: Final = "0003_publication.sql"
 _HEARD_TABLES: Final = {"redrive_request": "0004_dead_letters.sql", "canary": "0007_canary.sql"}
 #: Roles and all rights to the relay's schema. Not one of the files in order: it comes after everything, each time.
 _ROLES_FILE: Final = "roles.sql"
+_ROLES_HINTS: Final = {"42501": "let the owner of everything in schema cdc_outbox, or a superuser, run sql/roles.sql"}
 _CONDITION: Final = re.compile(r"-- cdc-outbox: only if (.+)")
 
 State = Literal["applied", "pending", "changed", "not needed"]
@@ -174,7 +175,7 @@ def _set_rights(connection: Connection, report: Report) -> None:
 
     before, step = _rights(connection), roles_step()
     connection.add_notice_handler(on_notice)
-    with translated(step.title):
+    with translated(step.title, _ROLES_HINTS):
         connection.execute(step.script.encode())
     connection.remove_notice_handler(on_notice)
     if _rights(connection) != before:
@@ -314,7 +315,7 @@ def _status_of(migration: Migration, applied: tuple[str, datetime] | None, targe
 
 
 def _applied(connection: Connection) -> dict[str, tuple[str, datetime]]:
-    with translated("reading cdc_outbox.schema_migration"):
+    with translated("reading cdc_outbox.schema_migration", granting(connection, READER)):
         if connection.execute("SELECT to_regclass('cdc_outbox.schema_migration')").fetchone() == (None,):
             return {}
         rows = connection.execute("SELECT name, sha256, applied_at FROM cdc_outbox.schema_migration").fetchall()

@@ -15,7 +15,7 @@ import psycopg
 from psycopg import sql
 
 from cdc_outbox.postgres.catalog import Table
-from cdc_outbox.postgres.connection import Connection, granting, translated
+from cdc_outbox.postgres.connection import READER, Connection, granting, translated
 from cdc_outbox.postgres.event_status import known_published
 
 #: 8 kB each: some thousands of rows in a transaction, a fraction of a second.
@@ -56,13 +56,7 @@ def prune(
     if not known:
         return Pruned(0)
     may_go = {heap: _may_go(told, sql.Identifier("event", id_column)) for heap, told in known.items()}
-    rights = granting(
-        connection,
-        "USAGE ON SCHEMA cdc_outbox",
-        f"SELECT, DELETE ON {table.identifier.as_string()}",
-        "SELECT ON cdc_outbox.dead_letter",
-        schema=table.namespace,
-    )
+    rights = granting(connection, READER, f"SELECT, DELETE ON {table.identifier.as_string()}", schema=table.namespace)
     with translated(f"pruning {table}", {**_HINTS, **rights}):
         if _is_partitioned_by_time(connection, table):
             return _drop_partitions(connection, _past_partitions(connection, table, older_than), may_go, progress)

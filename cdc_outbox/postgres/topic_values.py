@@ -10,7 +10,7 @@ from typing import Final
 from psycopg import sql
 
 from cdc_outbox.postgres.catalog import Table
-from cdc_outbox.postgres.connection import Connection, granting, translated
+from cdc_outbox.postgres.connection import READER, Connection, granting, translated
 from cdc_outbox.postgres.encodings import encoding_of
 
 #: Of each column, None for NULL, in UTF-8; and how many rows hold them.
@@ -55,7 +55,7 @@ def of_defaults(connection: Connection, table: Table, columns: Sequence[str]) ->
 
 def of_dead_letters(connection: Connection, slot: str) -> list[tuple[str, int]]:
     """Topics that open dead letters wait for, and how many do; none where the relay keeps no state."""
-    with translated("reading cdc_outbox.dead_letter", granting(connection, "SELECT ON cdc_outbox.dead_letter")):
+    with translated("reading cdc_outbox.dead_letter", granting(connection, READER)):
         if connection.execute("SELECT to_regclass('cdc_outbox.dead_letter')").fetchone() == (None,):
             return []
         return connection.execute(

@@ -18,6 +18,8 @@ from cdc_outbox.service.health import Health
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
 
+#: How many sessions may fail for the sake of the canary's topic.
+_PATIENCE: Final = 3
 _OUTBOX: Final = Outbox("cdc_outbox", "canary", {})
 
 
@@ -48,16 +50,26 @@ class Canary:
         self._has_topic = False
         #: for good, as long as this process lives
         self._is_given_up = False
+        #: times that the broker did not say whether it could be made
+        self._failures = 0
         self._trouble = ""
 
     def prepare(self, topics: Topics) -> bool:
-        """Whether canaries are to be routed: they are wanted, and their topic is there or could be made."""
+        """Whether canaries are to be routed: they are wanted, and their topic is there or could be made.
+
+        Raises BrokerUnavailable, a few times.
+        """
         self._has_topic = False
         if self._every_seconds and not self._is_given_up:
             try:
                 topics.require(self._topic, create=True)
                 self._has_topic = True
-            except (OperatorNeeded, BrokerUnavailable) as error:
+            except OperatorNeeded as error:
+                self._say(error)
+            except BrokerUnavailable as error:  # it passes; if it does not, events are not to wait for it
+                self._failures += 1
+                if self._failures < _PATIENCE:
+                    raise
                 self._say(error)
         return self._has_topic
 

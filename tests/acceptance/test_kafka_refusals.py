@@ -114,6 +114,8 @@ def test_a_code_that_nobody_knows_is_tried_again(
     world.wait_until_confirmed()
     assert dead_letters(world) == []
     assert delivered_ids(world, "event", 5) == event_ids
+    reason = "UNKNOWN" if code == UNKNOWN else f"ERR_{code}?"
+    assert relay.metric(f'cdc_outbox_publish_failures_total{{reason="{reason}",topic="outbox.event"}}')
     assert not relay.ended
 
 
@@ -248,6 +250,7 @@ def test_unexpected_answers_are_counted_whatever_comes_between(
     lenient: World, mock: MockKafka, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("cdc_outbox.kafka.publisher._FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("cdc_outbox.kafka.publisher._LONGEST_PAUSE_SECONDS", 0.01)
     publisher = Publisher(mock.bootstrap_servers, {}, max_in_flight=10)
     publisher.publish_one_by_one(lambda: publisher.poll(0.01))
     sent: list[int] = []

@@ -18,6 +18,7 @@ COMMANDS = (
     "dead-letters discard 2 --reason tested",
     "prune --older-than 0s",
     "topics list",
+    "migrate status",
 )
 #: More than these nobody should need: the statements are in README.md, too.
 MOST_GRANTS = 4
@@ -75,7 +76,5 @@ def test_the_relay_s_role_may_not_do_what_operators_do(busy: World) -> None:
         assert done.exit_code == 3, verb
         assert "let a role of your own do this: GRANT " in done.error
         assert "cdc_outbox_relay" not in done.error, "the next `migrate up` would take it back"
-    for verb in ("status", "dead-letters discard 1 --reason x"):
-        done = command.run({**busy.environment, "CDC_OUTBOX_POSTGRES__DSN": dsn}, *verb.split())
-        assert done.exit_code in (0, 3), done
-        assert "Traceback" not in done.err
+    status = command.run({**busy.environment, "CDC_OUTBOX_POSTGRES__DSN": dsn}, "status")
+    assert status.exit_code == 0, status

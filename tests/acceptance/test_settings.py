@@ -162,7 +162,6 @@ def test_what_a_service_file_says_counts(world: World, tmp_path: Path, monkeypat
         said = {option.keyword.decode(): option.val for option in connection.pgconn.info}
     assert (said["connect_timeout"], said["target_session_attrs"]) == (b"3", b"read-write")
     assert (said["keepalives_idle"], said["keepalives_count"]) == (b"78", b"4")
-    monkeypatch.setenv("PGTARGETSESSIONATTRS", "any")
     monkeypatch.setenv("PGCONNECT_TIMEOUT", "4")
     with connect(world.dsn) as connection:
         said = {option.keyword.decode(): option.val for option in connection.pgconn.info}

@@ -122,6 +122,12 @@ def test_roles_that_cannot_be_made_are_said(world: World) -> None:
     owner = f"{world.name}_owner"
     script = (SQL / "roles.sql").read_text().replace("cdc_outbox_r", f"{world.name}_r")
     world.db.execute(f"CREATE ROLE {owner}; ALTER SCHEMA cdc_outbox OWNER TO {owner}")
+    with pytest.raises(psycopg.errors.InsufficientPrivilege):  # what it does not own it cannot give
+        world.db.execute(f"SET ROLE {owner}; {script}")
+    world.db.execute("RESET ROLE")
+    tables = "SELECT oid::regclass::text FROM pg_class WHERE relnamespace = 'cdc_outbox'::regnamespace"
+    for (table,) in world.db.execute(f"{tables} AND relkind IN ('r', 'v')").fetchall():
+        world.db.execute(f"ALTER TABLE {table} OWNER TO {owner}")
     notices: list[str] = []
     world.db.add_notice_handler(lambda notice: notices.append(f"{notice.message_primary} {notice.message_hint}"))
     try:

@@ -79,7 +79,9 @@ def _fetch_programs(version: str, folder: Path) -> Path:
     with zipfile.ZipFile(jar) as archive:
         (name,) = [name for name in archive.namelist() if name.endswith(".txz")]
         with tarfile.open(fileobj=io.BytesIO(archive.read(name))) as programs:
-            programs.extractall(folder, filter="data")
+            if hasattr(tarfile, "data_filter"):  # from 3.11.4 on
+                programs.extraction_filter = tarfile.data_filter
+            programs.extractall(folder)  # noqa: S202 - of an artifact whose version is ours to choose
     return folder / "bin"
 
 
