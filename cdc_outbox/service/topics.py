@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from typing import Final
 
 from cdc_outbox.config import Config
 from cdc_outbox.errors import ConfigurationError, PoisonEvent
@@ -14,7 +15,7 @@ from cdc_outbox.postgres.connection import Connection, connect
 from cdc_outbox.relay.topic_template import TopicTemplate
 
 #: The one column that can be given by hand.
-_GIVEN = "aggregate_type"
+_GIVEN: Final = "aggregate_type"
 
 
 @dataclass(frozen=True, slots=True)
