@@ -25,8 +25,8 @@ _LOOK: Final[dict[State, tuple[str, str]]] = {
 def command(settings: Settings, *, as_json: bool) -> None:
     """Check everything `run` needs, and say how to mend what is wrong.
 
-    Looks only, but for a canary that it sends through a topic of its own. Run it as the user, and from the machine,
-    that `run` has. Exit code 4 if anything failed; a warning is no failure.
+    Looks only, but for a canary that it sends through a topic of its own, and makes if it is not there. Run it as the
+    user, and from the machine, that `run` has. Exit code 4 if anything failed; a warning is no failure.
     """
     findings: list[Finding] = []
     for finding in examine(settings.config):

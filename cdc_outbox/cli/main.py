@@ -17,6 +17,7 @@ from typing import Any, Final, cast
 import click
 
 from cdc_outbox import __version__
+from cdc_outbox.cli.terminal import forget_output
 from cdc_outbox.config import Config, load_config
 from cdc_outbox.errors import CdcOutboxError, OperatorNeeded
 from cdc_outbox.service import logs
@@ -33,9 +34,6 @@ _VERBS: Final = {
     "config": "Show the configuration that is in force.",
     "demo": "Show it all on this machine: PostgreSQL, Kafka, a writer, the relay, a verdict.",
 }
-
-
-_STDERR: Final = 2
 
 
 @dataclass
@@ -78,15 +76,14 @@ class _Verbs(click.Group):
         except OSError as error:
             if error.errno in (None, errno.EPIPE) or not _is_of_output(error):
                 raise
-            # What is held back is forgotten: Python would try once more at the end.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            forget_output()
             logs.say(f"error: standard output cannot be written to: {os.strerror(error.errno).lower()}")
             sys.exit(OperatorNeeded.exit_code)
 
 
 def _open_standard_streams() -> None:
     """Those that the caller has closed: another file, or a database's socket, would get their numbers."""
-    while (lowest := os.open(os.devnull, os.O_RDWR)) <= _STDERR:
+    while (lowest := os.open(os.devnull, os.O_RDWR)) <= logs.STDERR:
         pass
     os.close(lowest)
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115 - as long as the process

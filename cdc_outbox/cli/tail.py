@@ -1,7 +1,6 @@
 """`cdc-outbox tail`: events as they commit. The relay's own pipeline, with a publisher that prints."""
 
 import os
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack, closing
 from datetime import UTC, datetime
@@ -11,7 +10,7 @@ import click
 import orjson
 
 from cdc_outbox.cli.main import Settings
-from cdc_outbox.cli.terminal import printable
+from cdc_outbox.cli.terminal import forget_output, printable
 from cdc_outbox.errors import BrokenInvariant, CdcOutboxError
 from cdc_outbox.postgres.connection import connect_bounded
 from cdc_outbox.postgres.server import check_same_server
@@ -60,7 +59,7 @@ def command(settings: Settings, *, as_json: bool) -> None:
     except ShutdownRequested:
         return
     except BrokenPipeError:  # `tail | head`: the reader has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        forget_output()
 
 
 class _NeverRaised(Exception):

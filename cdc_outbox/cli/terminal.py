@@ -1,6 +1,8 @@
-"""What data says, on a terminal: it may be of any length and hold anything, also what a terminal obeys."""
+"""The terminal: what data says on it, which may be of any length and hold anything, and output that goes nowhere."""
 
+import os
 import re
+import sys
 from typing import Final
 
 #: Control characters but for tab and newline.
@@ -10,3 +12,8 @@ _OBEYED: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def printable(content: bytes | str) -> str:
     text = content.decode(errors="backslashreplace") if isinstance(content, bytes) else content
     return _OBEYED.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def forget_output() -> None:
+    """Let what standard output still holds back go nowhere: Python would try to write it once more at its end."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

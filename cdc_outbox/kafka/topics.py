@@ -1,6 +1,7 @@
 """Topics: seen to exist before the first event goes there, or created when the configuration asks for it."""
 
 import time
+from collections.abc import Iterable
 from typing import Final
 
 from confluent_kafka import KafkaError, KafkaException
@@ -14,7 +15,7 @@ from cdc_outbox.kafka.refusals import FORBIDDEN, MISSING, Verdict, verdict_on
 #: How long a topic may take to be known to every broker: one that we have created, and one that somebody else has.
 _CREATED_SECONDS: Final = 3.0
 _PROPAGATION_SECONDS: Final = 0.2
-_REQUEST_SECONDS: Final = 5.0
+REQUEST_SECONDS: Final = 5.0
 #: For so long after a topic was missing it is not asked about again, and others that are missing are not waited for:
 #: rows that name such topics may come by thousands.
 _MISSING_SECONDS: Final = 1.0
@@ -47,8 +48,8 @@ class Topics:
         self._waited_at = float("-inf")
 
     def connect(self) -> None:
-        """Learn the topics that are there. Raises BrokerUnavailable."""
-        self._see(self._publisher.connect(_REQUEST_SECONDS))
+        """Learn the topics that are there. Raises BrokerUnavailable, OperatorNeeded."""
+        self._see(self._publisher.connect(REQUEST_SECONDS))
 
     def require(self, topic: str, *, create: bool = False) -> None:
         """See that ``topic`` is there, after creating it if that is asked for, here or by the configuration.
@@ -97,13 +98,13 @@ class Topics:
             time.sleep(0.02)
         return True
 
-    def _see(self, topics: set[str]) -> None:
-        self._known |= topics
-        self._ever_seen |= topics
+    def _see(self, topics: Iterable[str]) -> None:
+        self._known.update(topics)
+        self._ever_seen.update(topics)
 
     def _exists(self, topic: str) -> bool:
         try:
-            error = self._publisher.producer.list_topics(topic, timeout=_REQUEST_SECONDS).topics[topic].error
+            error = self._publisher.producer.list_topics(topic, timeout=REQUEST_SECONDS).topics[topic].error
         except KafkaException as refused:
             raise BrokerUnavailable(f"no broker answers about topic {topic}: {refused.args[0].str()}") from refused
         if error is None or verdict_on(error) is Verdict.PASSING:  # a leader is being elected
@@ -119,19 +120,12 @@ def create_topic(
     """Unless it is there. None: the broker's own default. Raises TopicRefused, PoisonEvent, BrokerUnavailable."""
     admin = AdminClient(publisher.client_settings)
     wanted = NewTopic(topic, partitions or -1, replication_factor or -1)
-    created = admin.create_topics([wanted], request_timeout=_REQUEST_SECONDS)[topic]
+    created = admin.create_topics([wanted], request_timeout=REQUEST_SECONDS)[topic]
     try:
         created.result()
     except KafkaException as error:
         if error.args[0].code() != KafkaError.TOPIC_ALREADY_EXISTS:
             raise _cannot_be_created(topic, error.args[0]) from error
-
-
-def partitions_of_topics(publisher: Publisher) -> dict[str, int]:
-    """Every topic that is there. Raises BrokerUnavailable, OperatorNeeded."""
-    publisher.connect(_REQUEST_SECONDS)  # says what is wrong, if it does not answer
-    topics = publisher.producer.list_topics(timeout=_REQUEST_SECONDS).topics
-    return {name: len(metadata.partitions) for name, metadata in topics.items()}
 
 
 def _missing_for_event(topic: str) -> PoisonEvent:

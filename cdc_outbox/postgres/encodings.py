@@ -31,10 +31,6 @@ class Encoding:
 
     codec: str | None = None
 
-    @classmethod
-    def of_server(cls, server_encoding: str) -> "Encoding":
-        return cls(_CODECS.get(server_encoding))
-
     def to_utf8(self, value: bytes | None) -> bytes | None:
         """Raises MalformedStream for bytes that are no text."""
         if value is None or value.isascii() or self.codec is None:
@@ -57,4 +53,4 @@ UTF8: Final = Encoding()
 
 def encoding_of(connection: Any) -> Encoding:
     """That of the database which a psycopg connection is to. The server tells it when it is connected to."""
-    return Encoding.of_server(connection.info.parameter_status("server_encoding") or "")
+    return Encoding(_CODECS.get(connection.info.parameter_status("server_encoding") or ""))

@@ -1,7 +1,8 @@
 """The doctor: looks at everything `run` needs, one thing after another, and says how to mend what is wrong.
 
-It changes nothing but for the canary of the round trip: a row in cdc_outbox.canary, a record in canary.topic, a slot
-for as long as it takes. PostgreSQL's and Kafka's own examinations lie with them; here they are put together.
+It changes nothing but for the canary of the round trip: a row in cdc_outbox.canary, a record in canary.topic, which is
+made if it is not there, and a slot for as long as it takes. PostgreSQL's and Kafka's own examinations lie with them;
+here they are put together.
 """
 
 from contextlib import closing

@@ -12,7 +12,7 @@ from typing import Final, Literal
 import structlog
 from structlog.typing import FilteringBoundLogger
 
-_STDERR: Final = 2
+STDERR: Final = 2
 
 LogFormat = Literal["console", "json"]
 
@@ -25,7 +25,7 @@ class _StandardError:
 
     def write(self, text: str) -> None:
         with suppress(OSError):
-            os.write(_STDERR, text.encode(errors="backslashreplace"))
+            os.write(STDERR, text.encode(errors="backslashreplace"))
 
     def flush(self) -> None:
         """Nothing is held back."""

@@ -8,7 +8,7 @@ from typing import Final
 from cdc_outbox.config import Config
 from cdc_outbox.errors import ConfigurationError, PoisonEvent
 from cdc_outbox.kafka.publisher import Publisher
-from cdc_outbox.kafka.topics import create_topic, partitions_of_topics
+from cdc_outbox.kafka.topics import REQUEST_SECONDS, create_topic
 from cdc_outbox.postgres import topic_values
 from cdc_outbox.postgres.catalog import find_table
 from cdc_outbox.postgres.connection import Connection, connect
@@ -37,7 +37,7 @@ def find_topics(config: Config, aggregate_types: Sequence[str]) -> list[WantedTo
     template = TopicTemplate(config.kafka.topic, config.kafka.topic_pattern)
     wanted = _given(template, aggregate_types) if aggregate_types else _asked_for(config, template)
     with closing(_publisher(config)) as publisher:
-        there = partitions_of_topics(publisher)
+        there = publisher.connect(REQUEST_SECONDS)
     return [
         WantedTopic(name, count, there.get(name), _refusal(template, name)) for name, count in sorted(wanted.items())
     ]
