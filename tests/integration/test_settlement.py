@@ -59,6 +59,17 @@ def another_session(world: World) -> Iterator[psycopg.Connection]:
 def make_outbox(world: World, partitioning: str = "") -> None:
     world.db.execute(f"CREATE TABLE outbox {COLUMNS} {partitioning}")
     world.db.execute("ALTER TABLE outbox ALTER created_at SET DEFAULT now()")
+    if world.db.info.server_version < 150000:
+        wait_until(lambda: has_counts(world), "the statistics collector knows the database")
+
+
+def has_counts(world: World) -> bool:
+    """14 makes a database's counts with its first report, and what was seen before says nothing of what comes after."""
+    row = world.db.execute(
+        "SELECT pg_stat_get_db_stat_reset_time(oid) FROM pg_database WHERE datname = current_database()"
+    ).fetchone()
+    assert row
+    return row[0] is not None
 
 
 def insert(connection: psycopg.Connection, name: str) -> None:
