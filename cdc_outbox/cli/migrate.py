@@ -7,6 +7,9 @@ from rich.table import Table
 
 from cdc_outbox.cli.main import Settings
 from cdc_outbox.config import Config
+from cdc_outbox.errors import ConfigurationError
+from cdc_outbox.inbox import tables
+from cdc_outbox.postgres import inbox as inbox_table
 from cdc_outbox.postgres import migrations
 from cdc_outbox.postgres.connection import Connection, connect
 
@@ -60,6 +63,46 @@ def sql(settings: Settings, *, failover: bool) -> None:
         steps = migrations.plan(connection, _target(settings.config), failover=failover)
         for step in [*steps, migrations.roles_step()]:
             click.echo(f"-- {step.title}\n{step.script}\n")
+
+
+@command.group()
+def inbox() -> None:
+    """Install the table that consumers keep the ids of handled messages in, in the consumers' database.
+
+    That is the one that postgres.dsn names. It needs nothing of the relay's, and no Kafka.
+    """
+
+
+_inbox_table = click.option("--table", default="public.inbox", show_default=True, help="Named as in SQL.")
+_partitioned = click.option("--partitioned", is_flag=True, help="By commit time. Run it daily: it makes 14 days ahead.")
+
+
+@inbox.command("up")
+@_inbox_table
+@_partitioned
+@click.pass_obj
+def inbox_up(settings: Settings, *, table: str, partitioned: bool) -> None:
+    """Make the table, and of a partitioned one the partitions of the coming days. Safe to run again."""
+    _inbox_sql(table, partitioned=partitioned)  # before a database is looked for
+    steps: list[str] = []
+    with _connection(settings.config) as connection:
+        inbox_table.up(connection, table, partitioned=partitioned, report=steps.append)
+    click.echo("\n".join(steps or ["nothing to do"]))
+
+
+@inbox.command("sql")
+@_inbox_table
+@_partitioned
+def inbox_sql(*, table: str, partitioned: bool) -> None:
+    """Print what `up` would run, as a script for psql."""
+    click.echo(_inbox_sql(table, partitioned=partitioned))
+
+
+def _inbox_sql(table: str, *, partitioned: bool) -> str:
+    try:
+        return tables.sql(table, partitioned=partitioned)
+    except ValueError as error:
+        raise ConfigurationError(f"--table: {error}") from error
 
 
 def _connection(config: Config) -> Connection:

@@ -11,13 +11,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
-from importlib.resources import files
-from pathlib import Path
 from typing import Final, Literal
 
 import psycopg
 from psycopg import sql
 
+from cdc_outbox import shipped_sql
 from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.errors import OperatorNeeded
 from cdc_outbox.postgres import continuity, settlement
@@ -81,13 +80,11 @@ class Status:
 
 
 def load_migrations() -> list[Migration]:
-    """The files of sql/ in order: inside the package when installed, beside it in a checkout."""
-    return [Migration(path.name, path.read_text(encoding="utf-8")) for path in sorted(_folder().glob("[0-9]*.sql"))]
-
-
-def _folder() -> Path:
-    folder = Path(str(files("cdc_outbox"))) / "sql"
-    return folder if folder.is_dir() else folder.parent.parent / "sql"
+    """The files of sql/ in order."""
+    return [
+        Migration(path.name, path.read_text(encoding="utf-8"))
+        for path in sorted(shipped_sql.folder().glob("[0-9]*.sql"))
+    ]
 
 
 def status(connection: Connection, target: Target) -> list[Status]:
@@ -146,7 +143,7 @@ def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step
 
 def roles_step() -> Step:
     """Makes the roles and gives them their rights, whatever they had before. It is not known whether it is needed."""
-    return Step("set the rights of the roles", (_folder() / _ROLES_FILE).read_text(encoding="utf-8"))
+    return Step("set the rights of the roles", shipped_sql.read(_ROLES_FILE))
 
 
 def up(connection: Connection, target: Target, *, failover: bool, report: Report) -> None:

@@ -1,0 +1,15 @@
+"""The SQL that makes the inbox, for whoever runs it: `cdc-outbox migrate inbox`, Django's migrations, others' tools."""
+
+from cdc_outbox import shipped_sql
+from cdc_outbox.transactions import quoted_table
+
+
+def sql(table: str = "public.inbox", *, partitioned: bool = False) -> str:
+    """A script that may run again: sql/inbox/plain.sql or partitioned.sql, for the table that is named.
+
+    Of a partitioned one, run it daily: it makes the coming days' partitions. Raises ValueError for what is no name.
+    """
+    text = shipped_sql.read("inbox/partitioned.sql" if partitioned else "inbox/plain.sql")
+    name = quoted_table(table)
+    literal = "'" + name.replace("'", "''") + "'"
+    return text.replace("'public.inbox'", literal).replace("public.inbox", name)

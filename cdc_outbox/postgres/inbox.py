@@ -1,0 +1,54 @@
+"""Installing a consumer's inbox: the table of sql/inbox/, and of a partitioned one the coming days' partitions."""
+
+from collections.abc import Callable
+from typing import Final
+
+from cdc_outbox.errors import OperatorNeeded
+from cdc_outbox.inbox import tables
+from cdc_outbox.postgres.connection import Connection, translated
+from cdc_outbox.transactions import quoted_table
+
+_COLUMNS: Final = {"consumer", "source", "message_id", "committed_at", "processed_at"}
+
+
+def up(connection: Connection, table: str, *, partitioned: bool, report: Callable[[str], None]) -> None:
+    """Make what is missing; idempotent. Raises OperatorNeeded, ValueError if ``table`` is no name."""
+    name = quoted_table(table)
+    with translated(f"making table {name}"), connection.transaction():
+        connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"cdc-outbox inbox {name}"])
+        before = _relations(connection, name)
+        if before:
+            _check(connection, name, partitioned=partitioned)
+        connection.execute(tables.sql(table, partitioned=partitioned).encode())
+        for made in sorted(_relations(connection, name) - before):
+            report(f"make table {made}")
+
+
+def _check(connection: Connection, name: str, *, partitioned: bool) -> None:
+    """What is there already under that name. Raises OperatorNeeded."""
+    rows = connection.execute(
+        "SELECT relkind = 'p', attname FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid"
+        " WHERE pg_class.oid = to_regclass(%s) AND attnum > 0 AND NOT attisdropped",
+        [name],
+    ).fetchall()
+    if missing := _COLUMNS - {column for _, column in rows}:
+        raise OperatorNeeded(
+            f"table {name} is there, and it is no inbox: it has no column {min(missing)!r}",
+            hint="name another with --table, and in the consumers with Inbox(..., table=)",
+        )
+    is_partitioned = rows[0][0]
+    if is_partitioned != partitioned:
+        raise OperatorNeeded(
+            f"table {name} is there, and it is {'' if is_partitioned else 'not '}partitioned",
+            hint="leave out --partitioned" if partitioned else "add --partitioned",
+        )
+
+
+def _relations(connection: Connection, name: str) -> set[str]:
+    """The table and its partitions."""
+    rows = connection.execute(
+        "SELECT pg_class.oid::regclass::text FROM pg_class WHERE pg_class.oid = to_regclass(%(name)s)"
+        " UNION SELECT relid::text FROM pg_partition_tree(to_regclass(%(name)s))",
+        {"name": name},
+    ).fetchall()
+    return {relation for (relation,) in rows}

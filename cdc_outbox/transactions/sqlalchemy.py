@@ -1,0 +1,59 @@
+"""SQLAlchemy 2, Core and ORM, on any of its PostgreSQL drivers.
+
+Its connections and sessions begin a transaction with the first statement, unless their isolation level is AUTOCOMMIT.
+"""
+
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+from sqlalchemy import Connection, TextClause, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+from sqlalchemy.orm import Session, scoped_session
+
+from cdc_outbox.transactions import NoTransaction, OpenTransaction, Rows, Statement
+
+AnyConnection: TypeAlias = Connection | Session | scoped_session[Any]
+AnyAsyncConnection: TypeAlias = AsyncConnection | AsyncSession | async_scoped_session[Any]
+
+
+def run(connection: AnyConnection, statement: Statement, parameter: str | None) -> Rows:
+    """In the caller's transaction. Raises NoTransaction."""
+    parameters = None if parameter is None else {"rows": parameter}
+    result = _in_transaction(connection).execute(_clause(statement), parameters)
+    return [tuple(row) for row in result] if statement.returns else []
+
+
+def run_alone(connection: AnyConnection, statement: Statement, parameter: str | None) -> Rows:
+    """In a transaction of its own. Raises OpenTransaction."""
+    own = connection() if isinstance(connection, scoped_session) else connection
+    if own.in_transaction():
+        raise OpenTransaction
+    with own.begin():
+        return run(own, statement, parameter)
+
+
+async def run_async(connection: AnyAsyncConnection, statement: Statement, parameter: str | None) -> Rows:
+    """In the caller's transaction. Raises NoTransaction."""
+    own = connection() if isinstance(connection, async_scoped_session) else connection
+    return await own.run_sync(run, statement, parameter)
+
+
+async def run_alone_async(connection: AnyAsyncConnection, statement: Statement, parameter: str | None) -> Rows:
+    """In a transaction of its own. Raises OpenTransaction."""
+    own = connection() if isinstance(connection, async_scoped_session) else connection
+    return await own.run_sync(run_alone, statement, parameter)
+
+
+def _in_transaction(given: AnyConnection) -> Connection:
+    """A session's own connection, on which it has begun. Raises NoTransaction."""
+    connection = given if isinstance(given, Connection) else given.connection()
+    if getattr(connection.connection.dbapi_connection, "autocommit", False):
+        raise NoTransaction("give the change a connection whose isolation_level is not AUTOCOMMIT")
+    return connection
+
+
+@lru_cache(maxsize=64)
+def _clause(statement: Statement) -> TextClause:
+    """A colon is SQLAlchemy's mark of a parameter, unless a backslash is before it."""
+    parts = [part.replace(":", r"\:") for part in (statement.before, statement.after) if part is not None]
+    return text(":rows".join(parts))
