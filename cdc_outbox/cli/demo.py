@@ -16,7 +16,8 @@ from rich.table import Table
 from cdc_outbox.demo.ledger import Verdict
 from cdc_outbox.demo.postgres import find_psql
 from cdc_outbox.demo.relay import RelayProcess
-from cdc_outbox.demo.show import Scene, Show
+from cdc_outbox.demo.scene import Scene
+from cdc_outbox.demo.show import Show
 from cdc_outbox.errors import CheckFailed
 
 
@@ -25,12 +26,14 @@ from cdc_outbox.errors import CheckFailed
 @click.option("--keep", is_flag=True, help="Leave everything up after the verdict, until Ctrl-C.")
 @click.option("--postgres", metavar="DSN", help="A PostgreSQL to use (wal_level = logical) instead of an own one.")
 @click.option("--kafka", metavar="HOST:PORT", help="A Kafka to use instead of an own one.")
+@click.option("--calm", is_flag=True, help="Kill nothing on the way.")
 @click.option("--json", "as_json", is_flag=True, help="The verdict as one JSON document.")
-def command(*, seconds: float, keep: bool, postgres: str | None, kafka: str | None, as_json: bool) -> None:
-    """Show it: a real PostgreSQL, a real Kafka, an application that writes, the relay, a consumer that verifies.
+def command(*, seconds: float, keep: bool, postgres: str | None, kafka: str | None, calm: bool, as_json: bool) -> None:
+    """Show it: a real PostgreSQL, a real Kafka, an application that emits, the relay, a consumer that acts once.
 
-    Without Docker, Java or root. On servers that are given it works in a database and in topics of its own, and removes
-    them. Exits with 0 only if every committed event was delivered, in order, and no other; else with 4.
+    On the way relay and consumer are killed and started anew. Without Docker, Java or root. On servers that are given
+    it works in databases and topics of its own, and removes them. Exits with 0 only if every committed event was
+    delivered, in order, and no other, and the consumer acted on each once; else with 4.
     """
     console = Console(stderr=as_json)
     console.quiet = not console.is_terminal  # nothing but data in a pipe
@@ -48,12 +51,12 @@ def command(*, seconds: float, keep: bool, postgres: str | None, kafka: str | No
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        Show(console, dsn=postgres, bootstrap_servers=kafka).run(seconds, curtain)
+        Show(console, dsn=postgres, bootstrap_servers=kafka, calm=calm).run(seconds, curtain)
     except KeyboardInterrupt:
         if not verdicts:
             raise CheckFailed("interrupted before there was a verdict; everything was taken down") from None
     if not verdicts[0].good:
-        raise CheckFailed("not every committed event was delivered, in order, and no other: see the verdict")
+        raise CheckFailed("not every committed event was delivered in order and acted on once: see the verdict")
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
@@ -71,15 +74,17 @@ def _show_verdict(verdict: Verdict) -> None:
         table.add_row(name.replace("_", " "), f"{number:,}")
     console = Console()
     console.print(table)
-    if verdict.good:
+    if verdict.is_delivered:
         console.print("[green]✓ every committed event was delivered, in order, and no other[/]")
+    if verdict.is_acted_on_once:
+        console.print("[green]✓ effects = committed events: the consumer acted on each once, in order[/]")
 
 
 _STAYING = """
 Everything is still up:
 
   PostgreSQL  {scene.dsn}
-  Kafka       {scene.bootstrap_servers}, topic {scene.topic}
+  Kafka       {scene.bootstrap_servers}, topics {scene.name}.*
   relay       http://{relay.address}/metrics
 
 In another terminal:

@@ -1,11 +1,11 @@
-"""The show: a stack, a database of its own, the relay, traffic, a live table and a verdict.
+"""The show: a stack, a scene on it, an application, the relay, a consumer, a live table and a verdict.
 
-Everything is entered on one exit stack: however the show ends, what it started is gone in the reverse order.
+Everything is entered on one exit stack: however the show ends, what it started is gone in the reverse order. On the way
+relay and consumer are killed and started anew, each once, unless a calm show is asked for.
 """
 
 import time
-import traceback
-import uuid
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -15,64 +15,40 @@ from typing import Final
 
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
-from psycopg import conninfo, sql
+from psycopg import conninfo
 from rich.console import Console
 from rich.filesize import decimal
 from rich.live import Live
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
+from cdc_outbox.demo.consumer import EFFECT_TABLE, ConsumerProcess
 from cdc_outbox.demo.kafka import KAFKA_SIZE_BYTES, DownloadProgress, EmbeddedKafka, fetch_kafka
 from cdc_outbox.demo.ledger import Ledger, Verdict
 from cdc_outbox.demo.postgres import EmbeddedPostgres
 from cdc_outbox.demo.relay import RelayProcess
+from cdc_outbox.demo.scene import Scene, made_scene, own_database, own_topics, unique_name
 from cdc_outbox.demo.stack import running, server_folder
-from cdc_outbox.demo.traffic import ACCOUNT_TABLE, Reader, Writer
+from cdc_outbox.demo.traffic import AGGREGATE_TYPE, Reader, Writer, make_account_table
 from cdc_outbox.errors import CheckFailed
-from cdc_outbox.postgres import migrations
-from cdc_outbox.postgres.connection import connect
+from cdc_outbox.inbox import tables
+from cdc_outbox.postgres.connection import Connection, connect
 from cdc_outbox.postgres.slots import find_slot
 
 _WRITERS: Final = 3
 _PARTITIONS: Final = 6
-_AGGREGATE_TYPE: Final = "account"
 _CATCH_UP_SECONDS: Final = 20.0
 _REFRESH_SECONDS: Final = 0.25
 
 
-@dataclass(frozen=True, slots=True)
-class Scene:
-    """Where the show plays. ``name`` is that of its database and slot, and the first part of its topics' names, so that
-    on servers that were given it touches nothing but what is its own.
-    """
-
-    name: str
-    dsn: str
-    bootstrap_servers: str
-
-    @property
-    def topic(self) -> str:
-        return f"{self.name}.{_AGGREGATE_TYPE}"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """The relay's configuration."""
-        return {
-            "CDC_OUTBOX_POSTGRES__DSN": self.dsn,
-            "CDC_OUTBOX_POSTGRES__SLOT": self.name,
-            "CDC_OUTBOX_KAFKA__BOOTSTRAP_SERVERS": self.bootstrap_servers,
-            "CDC_OUTBOX_KAFKA__TOPIC": f"{self.name}.{{aggregate_type}}",
-            "CDC_OUTBOX_KAFKA__CREATE_TOPICS": "true",
-        }
-
-
 class Show:
-    """``console`` is for people: it should be quiet when nobody watches."""
+    """``console`` is for people: it should be quiet when nobody watches. ``calm``: nothing is killed."""
 
-    def __init__(self, console: Console, *, dsn: str | None, bootstrap_servers: str | None) -> None:
+    def __init__(self, console: Console, *, dsn: str | None, bootstrap_servers: str | None, calm: bool) -> None:
         self._console = console
         self._given_dsn = dsn
         self._given_bootstrap_servers = bootstrap_servers
+        self._calm = calm
         self._ledger = Ledger()
 
     def run(self, seconds: float, curtain: Callable[[Verdict, Scene, RelayProcess], None]) -> None:
@@ -83,14 +59,32 @@ class Show:
         with ExitStack() as stack:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="cdc-outbox-demo-")))
             dsn, bootstrap_servers = self._servers(stack)
-            name = f"cdc_outbox_demo_{uuid.uuid4().hex[:8]}"
-            scene = Scene(name, conninfo.make_conninfo(dsn, dbname=name), bootstrap_servers)
-            stack.enter_context(_own_database(dsn, name))
-            stack.enter_context(_own_topics(scene))
-            _migrate(scene)
+            name = unique_name("cdc_outbox_demo")
+            settings = {"CDC_OUTBOX_KAFKA__TOPIC": f"{name}.{{aggregate_type}}"}
+            scene = stack.enter_context(made_scene(dsn, bootstrap_servers, name, settings))
+            consumer_dsn = stack.enter_context(_consumers_database(dsn, f"{name}_consumer"))
+            stack.enter_context(own_topics(bootstrap_servers, f"{name}."))
+            topic = _make_topic(scene)
+            make_account_table(scene.dsn)
             relay = stack.enter_context(RelayProcess(scene.environment, folder / "relay.log"))
             relay.wait_until_ready()
-            self._run_traffic(scene, relay, seconds)
+            consumer = stack.enter_context(
+                ConsumerProcess(
+                    dsn=consumer_dsn,
+                    bootstrap_servers=bootstrap_servers,
+                    topic=topic,
+                    group=name,
+                    log=folder / "consumer.log",
+                )
+            )
+            with (
+                connect(scene.dsn) as source,
+                connect(consumer_dsn) as effects,
+                Reader(bootstrap_servers, topic, self._ledger),
+            ):
+                self._run_traffic(_Cast(scene, relay, consumer, source, effects), seconds)
+                rows = effects.execute("SELECT aggregate_id, event_id FROM effect ORDER BY place").fetchall()
+            self._ledger.take_effects(rows)
             curtain(self._ledger.verdict(), scene, relay)
 
     def _servers(self, stack: ExitStack) -> tuple[str, str]:
@@ -114,76 +108,83 @@ class Show:
             self._console.print(f"[green]✓[/] {name} at 127.0.0.1:{server.port}")
         return dsn, bootstrap_servers
 
-    def _run_traffic(self, scene: Scene, relay: RelayProcess, seconds: float) -> None:
-        """Writers for ``seconds``, then the reader until it has seen all or time is up."""
+    def _run_traffic(self, cast: "_Cast", seconds: float) -> None:
+        """Writers for ``seconds``, then whoever reads until it has seen all or time is up."""
         started = time.monotonic()
-        with (
-            connect(scene.dsn) as connection,
-            Reader(scene.bootstrap_servers, scene.topic, self._ledger),
-            Live(console=self._console, auto_refresh=False) as live,
-        ):
+        deaths = deque([("relay", cast.relay, seconds / 3), ("consumer", cast.consumer, seconds * 2 / 3)])
+        if self._calm:
+            deaths.clear()
+        with Live(console=self._console, auto_refresh=False) as live:
 
             def watch(phase: str) -> None:
-                if relay.ended:
-                    raise CheckFailed(f"the relay ended with {relay.process.wait()}: {relay.said()}")
-                slot = find_slot(connection, scene.name)
-                lag_bytes = slot.lag_bytes if slot and slot.lag_bytes else 0
-                live.update(_live_table(self._ledger, lag_bytes, phase, time.monotonic() - started), refresh=True)
+                cast.check()
+                elapsed_seconds = time.monotonic() - started
+                live.update(_live_table(self._ledger, cast, phase, elapsed_seconds), refresh=True)
                 time.sleep(_REFRESH_SECONDS)
 
             with ExitStack() as writers:
                 for number in range(_WRITERS):
-                    writers.enter_context(Writer(number, scene.dsn, _AGGREGATE_TYPE, self._ledger))
+                    writers.enter_context(Writer(number, cast.scene.dsn, AGGREGATE_TYPE, self._ledger))
                 while time.monotonic() < started + seconds:
+                    if deaths and time.monotonic() >= started + deaths[0][2]:
+                        name, process, _ = deaths.popleft()
+                        process.kill()
+                        process.start()
+                        live.console.print(f"[yellow]✗[/] {name} killed with SIGKILL, and started anew")
                     watch("writing")
             deadline = time.monotonic() + _CATCH_UP_SECONDS
-            while self._ledger.delivered_count < self._ledger.committed_count and time.monotonic() < deadline:
+            while time.monotonic() < deadline and not (
+                self._ledger.delivered_count >= self._ledger.committed_count <= cast.effect_count()
+            ):
                 watch("catching up")
             watch("done")
 
 
-@contextmanager
-def _own_database(dsn: str, name: str) -> Iterator[None]:
-    """A database of the show's own, with its slots gone when it ends."""
-    database = sql.Identifier(name)
-    with connect(dsn) as connection:
-        connection.execute(sql.SQL("CREATE DATABASE {}").format(database))
-    try:
-        yield
-    except BaseException as error:
-        # A connection that Ctrl-C interrupted in its making is held by the traceback, and its session waits for us, a
-        # minute long. DROP DATABASE waits for every session of the server.
-        traceback.clear_frames(error.__traceback__)
-        raise
-    finally:
-        with connect(dsn) as connection:
-            connection.execute(
-                "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = %s", [name]
-            )
-            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(database))
+@dataclass(frozen=True, slots=True)
+class _Cast:
+    """Who plays, and a connection to either database."""
+
+    scene: Scene
+    relay: RelayProcess
+    consumer: ConsumerProcess
+    source: Connection
+    effects: Connection
+
+    def check(self) -> None:
+        """Raises CheckFailed if one of them has left."""
+        for name, process in (("relay", self.relay), ("consumer", self.consumer)):
+            if process.ended:
+                raise CheckFailed(f"the {name} ended with {process.process.wait()}: {process.said()}")
+
+    def effect_count(self) -> int:
+        ((count,),) = self.effects.execute("SELECT count(*) FROM effect").fetchall()
+        return int(count)
+
+    def lag_bytes(self) -> int:
+        slot = find_slot(self.source, self.scene.name)
+        return slot.lag_bytes if slot and slot.lag_bytes else 0
 
 
 @contextmanager
-def _own_topics(scene: Scene) -> Iterator[None]:
-    """The topic of the events; in the end every topic that has the show's name in front is deleted."""
+def _consumers_database(dsn: str, name: str) -> Iterator[str]:
+    """With an inbox, and a table for effects; yields its DSN."""
+    own_dsn = conninfo.make_conninfo(dsn, dbname=name)
+    with own_database(dsn, name):
+        with connect(own_dsn) as connection:
+            connection.execute(tables.sql().encode())
+            connection.execute(EFFECT_TABLE)
+        yield own_dsn
+
+
+def _make_topic(scene: Scene) -> str:
+    """With more partitions than the broker would give it."""
+    topic = f"{scene.name}.{AGGREGATE_TYPE}"
     admin = AdminClient({"bootstrap.servers": scene.bootstrap_servers, "log_level": 0})
-    admin.create_topics([NewTopic(scene.topic, _PARTITIONS, -1)])[scene.topic].result()
-    try:
-        yield
-    finally:
-        topics = [topic for topic in admin.list_topics(timeout=10).topics if topic.startswith(f"{scene.name}.")]
-        for deleted in admin.delete_topics(topics).values():
-            deleted.result()
+    admin.create_topics([NewTopic(topic, _PARTITIONS, -1)])[topic].result()
+    return topic
 
 
-def _migrate(scene: Scene) -> None:
-    target = migrations.Target("public.outbox", "cdc_outbox", scene.name)
-    with connect(scene.dsn) as connection:
-        migrations.up(connection, target, failover=False, report=lambda _: None)
-        connection.execute(ACCOUNT_TABLE)
-
-
-def _live_table(ledger: Ledger, lag_bytes: int, phase: str, seconds: float) -> Table:
+def _live_table(ledger: Ledger, cast: _Cast, phase: str, seconds: float) -> Table:
     percentiles = ledger.percentiles_seconds()
     p50, p99 = (f"{value * 1000:.1f} ms" for value in percentiles) if percentiles else ("-", "-")
     table = Table(title=f"cdc-outbox demo · {phase} · {seconds:.0f} s", title_justify="left", show_header=False)
@@ -192,8 +193,9 @@ def _live_table(ledger: Ledger, lag_bytes: int, phase: str, seconds: float) -> T
     table.add_row("events committed", f"{ledger.committed_count:,}")
     table.add_row("events rolled back", f"{len(ledger.rolled_back):,}")
     table.add_row("events delivered", f"{ledger.delivered_count:,}")
+    table.add_row("effects of them", f"{cast.effect_count():,}")
     table.add_row("lag, events", f"{max(0, ledger.committed_count - ledger.delivered_count):,}")
-    table.add_row("lag, slot", decimal(lag_bytes))
+    table.add_row("lag, slot", decimal(cast.lag_bytes()))
     table.add_row("latency p50", p50)
     table.add_row("latency p99", p99)
     return table

@@ -12,12 +12,19 @@ import psycopg
 from confluent_kafka import OFFSET_BEGINNING, Consumer, TopicPartition
 
 from cdc_outbox.demo.ledger import Ledger
+from cdc_outbox.outbox.psycopg import Event, Outbox
 
 #: Transactions a second and writer.
 _RATE: Final = 100
 _ACCOUNTS_PER_WRITER: Final = 50
 
-ACCOUNT_TABLE: Final = "CREATE TABLE account (id text PRIMARY KEY, balance int NOT NULL DEFAULT 0)"
+AGGREGATE_TYPE: Final = "account"
+
+
+def make_account_table(dsn: str) -> None:
+    """What the application keeps."""
+    with psycopg.connect(dsn) as connection:
+        connection.execute("CREATE TABLE account (id text PRIMARY KEY, balance int NOT NULL DEFAULT 0)")
 
 
 class _Worker(threading.Thread):
@@ -61,6 +68,7 @@ class Writer(_Worker):
         self._accounts = [f"account-{number}-{account}" for account in range(_ACCOUNTS_PER_WRITER)]
         self._ledger = ledger
         self._random = random.Random(number)
+        self._outbox = Outbox()
 
     def work(self) -> None:
         due = time.monotonic()
@@ -86,23 +94,13 @@ class Writer(_Worker):
 
     def _change(self, connection: psycopg.Connection, account: str) -> str:
         """One business change and its event; returns the event's id."""
-        event_id = str(uuid.uuid4())
         amount = self._random.randrange(-100, 100)
         connection.execute(
             "INSERT INTO account VALUES (%s, %s) ON CONFLICT (id) DO UPDATE SET balance = account.balance + %s",
             [account, amount, amount],
         )
-        connection.execute(
-            "INSERT INTO outbox (id, aggregate_type, aggregate_id, event_type, payload) VALUES (%s, %s, %s, %s, %s)",
-            [
-                event_id,
-                self._aggregate_type,
-                account,
-                "account.changed",
-                json.dumps({"amount": amount, "written_at": time.time()}),
-            ],
-        )
-        return event_id
+        changed = {"amount": amount, "written_at": time.time()}
+        return str(self._outbox.emit(connection, Event("account.changed", account, changed, self._aggregate_type)))
 
 
 class Reader(_Worker):

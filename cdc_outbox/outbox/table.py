@@ -78,7 +78,10 @@ class OutboxTable:
         self._validate = tuple(validate)
         self._max_bytes = max_bytes
         self._trace = trace
-        self.statement: Final = _insert(quoted_table(table), self._columns, payload_type)
+        self.name: Final = quoted_table(table)
+        self.statement: Final = _insert(self.name, self._columns, payload_type)
+        #: For tests: what is there, as text.
+        self.read_emitted: Final = _select(self.name, self._columns)
 
     def rows(self, events: Iterable[Event]) -> Rows:
         """Raises EventRefused, and whatever a validation hook raises."""
@@ -88,6 +91,16 @@ class OutboxTable:
             encoded.append(self._encode(event))
             ids.append(event.id)
         return Rows(ids, [f"[{','.join(some)}]" for some in _chunks(encoded)])
+
+    def parse_payload(self, stored: str) -> Any:
+        """For tests: the payload of a row that ``read_emitted`` returned, as Kafka gets it, or parsed if it is JSON."""
+        match self._payload_type:
+            case "json":
+                return json.loads(stored)
+            case "bytea":
+                return bytes.fromhex(stored.removeprefix("\\x"))
+            case "text":
+                return stored
 
     def _encode(self, event: Event) -> str:
         """The row in JSON: an object of columns, and the payload as text."""
@@ -232,6 +245,13 @@ def _insert(table: str, columns: Mapping[str, str | None], payload_type: Payload
     return Statement(
         before, f" AS text) AS json)) AS given, json_populate_record(CAST(NULL AS {table}), given -> 0) AS event"
     )
+
+
+def _select(table: str, columns: Mapping[str, str | None]) -> Statement:
+    fields = ("id", "event_type", "aggregate_id", "aggregate_type", "payload", "headers")
+    names = [quoted(column) if (column := columns[field]) else "NULL" for field in fields]
+    selected = ", ".join(f"CAST({name} AS text)" for name in names)
+    return Statement(f"SELECT {selected} FROM {table} ORDER BY 1", returns=True)
 
 
 def _chunks(encoded: list[str]) -> Iterator[list[str]]:

@@ -15,6 +15,11 @@ async def run_async(connection: Connection, statement: Statement, parameter: str
     """In the caller's transaction. Raises NoTransaction."""
     if not connection.is_in_transaction():
         raise NoTransaction("write `async with connection.transaction():` around it and the change")
+    return await read_async(connection, statement, parameter)
+
+
+async def read_async(connection: Connection, statement: Statement, parameter: str | None) -> Rows:
+    """In a transaction or not."""
     parameters = [] if parameter is None else [parameter]
     return [tuple(row) for row in await connection.fetch(statement.text("$1"), *parameters)]
 

@@ -28,6 +28,11 @@ def run(connection: Connection, statement: Statement, parameter: str | None) -> 
     """In the caller's transaction. Raises NoTransaction."""
     if getattr(connection, "autocommit", False) and _is_idle(connection) is not False:
         raise NoTransaction("turn its autocommit off")
+    return read(connection, statement, parameter)
+
+
+def read(connection: Connection, statement: Statement, parameter: str | None) -> Rows:
+    """In a transaction or not."""
     style = _paramstyle(type(connection))
     text = statement.text(_PLACEHOLDERS[style], escape="%" if "format" in style else "")
     with closing(connection.cursor()) as cursor:

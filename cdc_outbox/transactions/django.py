@@ -10,7 +10,12 @@ def run(using: str, statement: Statement, parameter: str | None) -> Rows:
     connection = connections[using]
     if not connection.in_atomic_block and connection.get_autocommit():
         raise NoTransaction(f"write `with transaction.atomic(using={using!r}):` around it and the change")
-    with connection.cursor() as cursor:
+    return read(using, statement, parameter)
+
+
+def read(using: str, statement: Statement, parameter: str | None) -> Rows:
+    """In a transaction or not."""
+    with connections[using].cursor() as cursor:
         cursor.execute(statement.text("%s", escape="%"), None if parameter is None else [parameter])
         return [tuple(row) for row in cursor.fetchall()] if statement.returns else []
 

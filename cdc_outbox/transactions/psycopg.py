@@ -12,6 +12,11 @@ from cdc_outbox.transactions import NoTransaction, OpenTransaction, Rows, Statem
 def run(connection: Connection[Any], statement: Statement, parameter: str | None) -> Rows:
     """In the caller's transaction. Raises NoTransaction."""
     _refuse_no_transaction(connection)
+    return read(connection, statement, parameter)
+
+
+def read(connection: Connection[Any], statement: Statement, parameter: str | None) -> Rows:
+    """In a transaction or not."""
     # not connection.cursor(): the caller's cursor factory may read other placeholders
     with Cursor(connection, row_factory=tuple_row) as cursor:
         cursor.execute(_text(statement), _parameters(parameter))
@@ -28,6 +33,11 @@ def run_alone(connection: Connection[Any], statement: Statement, parameter: str 
 async def run_async(connection: AsyncConnection[Any], statement: Statement, parameter: str | None) -> Rows:
     """In the caller's transaction. Raises NoTransaction."""
     _refuse_no_transaction(connection)
+    return await read_async(connection, statement, parameter)
+
+
+async def read_async(connection: AsyncConnection[Any], statement: Statement, parameter: str | None) -> Rows:
+    """In a transaction or not."""
     async with AsyncCursor(connection, row_factory=tuple_row) as cursor:
         await cursor.execute(_text(statement), _parameters(parameter))
         return await cursor.fetchall() if statement.returns else []

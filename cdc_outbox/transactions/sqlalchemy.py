@@ -18,8 +18,16 @@ AnyAsyncConnection: TypeAlias = AsyncConnection | AsyncSession | async_scoped_se
 
 def run(connection: AnyConnection, statement: Statement, parameter: str | None) -> Rows:
     """In the caller's transaction. Raises NoTransaction."""
+    own = connection if isinstance(connection, Connection) else connection.connection()
+    if getattr(own.connection.dbapi_connection, "autocommit", False):
+        raise NoTransaction("give the change a connection whose isolation_level is not AUTOCOMMIT")
+    return read(own, statement, parameter)
+
+
+def read(connection: AnyConnection, statement: Statement, parameter: str | None) -> Rows:
+    """In a transaction or not."""
     parameters = None if parameter is None else {"rows": parameter}
-    result = _in_transaction(connection).execute(_clause(statement), parameters)
+    result = connection.execute(_clause(statement), parameters)
     return [tuple(row) for row in result] if statement.returns else []
 
 
@@ -38,18 +46,16 @@ async def run_async(connection: AnyAsyncConnection, statement: Statement, parame
     return await own.run_sync(run, statement, parameter)
 
 
+async def read_async(connection: AnyAsyncConnection, statement: Statement, parameter: str | None) -> Rows:
+    """In a transaction or not."""
+    own = connection() if isinstance(connection, async_scoped_session) else connection
+    return await own.run_sync(read, statement, parameter)
+
+
 async def run_alone_async(connection: AnyAsyncConnection, statement: Statement, parameter: str | None) -> Rows:
     """In a transaction of its own. Raises OpenTransaction."""
     own = connection() if isinstance(connection, async_scoped_session) else connection
     return await own.run_sync(run_alone, statement, parameter)
-
-
-def _in_transaction(given: AnyConnection) -> Connection:
-    """A session's own connection, on which it has begun. Raises NoTransaction."""
-    connection = given if isinstance(given, Connection) else given.connection()
-    if getattr(connection.connection.dbapi_connection, "autocommit", False):
-        raise NoTransaction("give the change a connection whose isolation_level is not AUTOCOMMIT")
-    return connection
 
 
 @lru_cache(maxsize=64)

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from psycopg import conninfo, pq
 
-from cdc_outbox.demo.show import _own_database
+from cdc_outbox.demo.scene import own_database
 
 
 def interrupted_while_connecting(dsn: str) -> None:
@@ -26,7 +26,7 @@ def test_what_was_connecting_when_it_was_interrupted_does_not_hold_up_its_end(po
     name = f"show_{uuid.uuid4().hex[:8]}"
 
     def show() -> None:
-        with _own_database(postgres, name):
+        with own_database(postgres, name):
             interrupted_while_connecting(postgres)
 
     began = time.monotonic()

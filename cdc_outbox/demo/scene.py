@@ -1,0 +1,86 @@
+"""The scene: a database, a slot and topics of one's own, on whatever servers there are, gone without a trace."""
+
+import traceback
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from confluent_kafka.admin import AdminClient
+from psycopg import conninfo, sql
+
+from cdc_outbox.inbox import tables
+from cdc_outbox.postgres import migrations
+from cdc_outbox.postgres.connection import connect
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """``name`` is that of its database and slot. On servers that were given it touches nothing but what is its own."""
+
+    name: str
+    dsn: str
+    bootstrap_servers: str
+    #: of the relay, on top of those that say where it is
+    settings: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The relay's configuration."""
+        return {
+            "CDC_OUTBOX_POSTGRES__DSN": self.dsn,
+            "CDC_OUTBOX_POSTGRES__SLOT": self.name,
+            "CDC_OUTBOX_KAFKA__BOOTSTRAP_SERVERS": self.bootstrap_servers,
+            "CDC_OUTBOX_KAFKA__CREATE_TOPICS": "true",
+            **self.settings,
+        }
+
+
+def unique_name(prefix: str) -> str:
+    """For a scene that stands beside others on the same servers."""
+    return f"{prefix}_{uuid.uuid4().hex[:8]}"
+
+
+@contextmanager
+def made_scene(dsn: str, bootstrap_servers: str, name: str, settings: Mapping[str, str]) -> Iterator[Scene]:
+    """With outbox and inbox in its database. All of it is gone afterwards."""
+    scene = Scene(name, conninfo.make_conninfo(dsn, dbname=name), bootstrap_servers, settings)
+    with own_database(dsn, name):
+        with connect(scene.dsn) as connection:
+            target = migrations.Target("public.outbox", "cdc_outbox", name)
+            migrations.up(connection, target, failover=False, report=lambda _: None)
+            connection.execute(tables.sql().encode())
+        yield scene
+
+
+@contextmanager
+def own_database(dsn: str, name: str) -> Iterator[None]:
+    """A database of one's own, with its slots gone when it ends."""
+    database = sql.Identifier(name)
+    with connect(dsn) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(database))
+    try:
+        yield
+    except BaseException as error:
+        # A connection that Ctrl-C interrupted in its making is held by the traceback, and its session waits for us, a
+        # minute long. DROP DATABASE waits for every session of the server.
+        traceback.clear_frames(error.__traceback__)
+        raise
+    finally:
+        with connect(dsn) as connection:
+            connection.execute(
+                "SELECT pg_drop_replication_slot(slot_name) FROM pg_replication_slots WHERE database = %s", [name]
+            )
+            connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(database))
+
+
+@contextmanager
+def own_topics(bootstrap_servers: str, prefix: str) -> Iterator[None]:
+    """In the end every topic that has ``prefix`` in front is deleted."""
+    admin = AdminClient({"bootstrap.servers": bootstrap_servers, "log_level": 0})
+    try:
+        yield
+    finally:
+        topics = [topic for topic in admin.list_topics(timeout=10).topics if topic.startswith(prefix)]
+        for deleted in admin.delete_topics(topics).values() if topics else ():
+            deleted.result()
