@@ -4,16 +4,18 @@ Its connections and sessions begin a transaction with the first statement, unles
 """
 
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sqlalchemy import Connection, TextClause, text
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
 from sqlalchemy.orm import Session, scoped_session
 
 from cdc_outbox.transactions import NoTransaction, OpenTransaction, Rows, Statement
 
+if TYPE_CHECKING:  # importing it asks for greenlet, which who writes no asynchronous code need not have
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
+
 AnyConnection: TypeAlias = Connection | Session | scoped_session[Any]
-AnyAsyncConnection: TypeAlias = AsyncConnection | AsyncSession | async_scoped_session[Any]
+AnyAsyncConnection: TypeAlias = "AsyncConnection | AsyncSession | async_scoped_session[Any]"
 
 
 def run(connection: AnyConnection, statement: Statement, parameter: str | None) -> Rows:
@@ -33,7 +35,7 @@ def read(connection: AnyConnection, statement: Statement, parameter: str | None)
 
 def run_alone(connection: AnyConnection, statement: Statement, parameter: str | None) -> Rows:
     """In a transaction of its own. Raises OpenTransaction."""
-    own = connection() if isinstance(connection, scoped_session) else connection
+    own = connection() if callable(connection) else connection  # a scoped session is
     if own.in_transaction():
         raise OpenTransaction
     with own.begin():
@@ -42,19 +44,19 @@ def run_alone(connection: AnyConnection, statement: Statement, parameter: str | 
 
 async def run_async(connection: AnyAsyncConnection, statement: Statement, parameter: str | None) -> Rows:
     """In the caller's transaction. Raises NoTransaction."""
-    own = connection() if isinstance(connection, async_scoped_session) else connection
+    own = connection() if callable(connection) else connection  # a scoped session is
     return await own.run_sync(run, statement, parameter)
 
 
 async def read_async(connection: AnyAsyncConnection, statement: Statement, parameter: str | None) -> Rows:
     """In a transaction or not."""
-    own = connection() if isinstance(connection, async_scoped_session) else connection
+    own = connection() if callable(connection) else connection  # a scoped session is
     return await own.run_sync(read, statement, parameter)
 
 
 async def run_alone_async(connection: AnyAsyncConnection, statement: Statement, parameter: str | None) -> Rows:
     """In a transaction of its own. Raises OpenTransaction."""
-    own = connection() if isinstance(connection, async_scoped_session) else connection
+    own = connection() if callable(connection) else connection  # a scoped session is
     return await own.run_sync(run_alone, statement, parameter)
 
 
