@@ -8,7 +8,7 @@ from rich.table import Table
 from cdc_outbox.cli.main import Settings
 from cdc_outbox.config import Config
 from cdc_outbox.errors import ConfigurationError
-from cdc_outbox.inbox import tables
+from cdc_outbox.inbox import schema
 from cdc_outbox.postgres import inbox as inbox_table
 from cdc_outbox.postgres import migrations
 from cdc_outbox.postgres.connection import Connection, connect
@@ -100,7 +100,7 @@ def inbox_sql(*, table: str, partitioned: bool) -> None:
 
 def _inbox_sql(table: str, *, partitioned: bool) -> str:
     try:
-        return tables.sql(table, partitioned=partitioned)
+        return schema.sql(table, partitioned=partitioned)
     except ValueError as error:
         raise ConfigurationError(f"--table: {error}") from error
 

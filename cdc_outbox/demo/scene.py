@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from confluent_kafka.admin import AdminClient
 from psycopg import conninfo, sql
 
-from cdc_outbox.inbox import tables
+from cdc_outbox.inbox import schema
 from cdc_outbox.postgres import migrations
 from cdc_outbox.postgres.connection import connect
 
@@ -49,7 +49,7 @@ def made_scene(dsn: str, bootstrap_servers: str, name: str, settings: Mapping[st
         with connect(scene.dsn) as connection:
             target = migrations.Target("public.outbox", "cdc_outbox", name)
             migrations.up(connection, target, failover=False, report=lambda _: None)
-            connection.execute(tables.sql().encode())
+            connection.execute(schema.sql().encode())
         yield scene
 
 

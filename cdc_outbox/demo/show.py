@@ -31,7 +31,7 @@ from cdc_outbox.demo.scene import Scene, made_scene, own_database, own_topics, u
 from cdc_outbox.demo.stack import running, server_folder
 from cdc_outbox.demo.traffic import AGGREGATE_TYPE, Reader, Writer, make_account_table
 from cdc_outbox.errors import CheckFailed
-from cdc_outbox.inbox import tables
+from cdc_outbox.inbox import schema
 from cdc_outbox.postgres.connection import Connection, connect
 from cdc_outbox.postgres.slots import find_slot
 
@@ -171,7 +171,7 @@ def _consumers_database(dsn: str, name: str) -> Iterator[str]:
     own_dsn = conninfo.make_conninfo(dsn, dbname=name)
     with own_database(dsn, name):
         with connect(own_dsn) as connection:
-            connection.execute(tables.sql().encode())
+            connection.execute(schema.sql().encode())
             connection.execute(EFFECT_TABLE)
         yield own_dsn
 

@@ -7,7 +7,13 @@ and *debezium*) or ``ce_id`` (*cloudevents*); a message without one is never gue
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Protocol, Self, TypeAlias
+from typing import Any, Final, Protocol, Self, TypeAlias
+
+#: confluent_kafka.TIMESTAMP_CREATE_TIME, and aiokafka's.
+_CREATE_TIME_CONFLUENT: Final = 1
+_CREATE_TIME_AIOKAFKA: Final = 0
+#: An index of PostgreSQL's takes some more.
+_LONGEST_BYTES: Final = 1_000
 
 Headers: TypeAlias = Mapping[str, Any] | Iterable[tuple[str, Any]]
 
@@ -41,6 +47,8 @@ class AiokafkaRecord(Protocol):
     @property
     def timestamp(self) -> int: ...
     @property
+    def timestamp_type(self) -> int: ...
+    @property
     def topic(self) -> str: ...
     @property
     def partition(self) -> int: ...
@@ -59,15 +67,17 @@ class FaststreamMessage(Protocol):
 class Message:
     """One delivery of an event.
 
-    ``committed_at`` is the time of the transaction that wrote it, the same on every copy. ``source`` tells apart
-    producers whose ids are not unique among each other (a bigserial in two databases); it stays empty for UUIDs.
-    ``value`` is None in a tombstone. ``type`` is None where the relay's style is *debezium*.
+    ``committed_at`` is the time of the transaction that wrote it, the same on every copy; None where the topic stamps
+    records itself (LogAppendTime), which an inbox that is partitioned refuses. ``source`` tells apart producers whose
+    ids are not unique among each other (a bigserial in two databases); it stays empty for UUIDs. ``value`` is as the
+    client gives it, bytes or what its deserializer made; None in a tombstone. ``type`` is None where the relay's style
+    is *debezium*.
     """
 
     id: str
-    committed_at: datetime
+    committed_at: datetime | None
     key: str | None = None
-    value: bytes | None = None
+    value: Any = None
     type: str | None = None
     source: str = ""
     #: the relay's own, which orders an aggregate's events; None where it is not turned on
@@ -75,11 +85,16 @@ class Message:
     headers: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for name, value in (("id", self.id), ("source", self.source)):
+            try:
+                size_bytes = len(value.encode())
+            except UnicodeEncodeError:
+                raise NoMessageId(f"the message's {name} is no text") from None
+            if "\0" in value or size_bytes > _LONGEST_BYTES:
+                raise NoMessageId(f"the message's {name} has a NUL in it, or more than {_LONGEST_BYTES} bytes")
         if not self.id:
             raise NoMessageId("the message's id is empty")
-        if "\0" in self.id or "\0" in self.source:
-            raise NoMessageId("the message's id or source has a NUL in it, which PostgreSQL cannot keep")
-        if self.committed_at.tzinfo is None:
+        if self.committed_at and self.committed_at.tzinfo is None:
             raise ValueError("committed_at has no time zone; datetime.fromtimestamp(..., UTC) has one")
 
     @property
@@ -89,26 +104,28 @@ class Message:
 
     @classmethod
     def from_headers(
-        cls, headers: Headers, *, key: str | bytes | None, value: Any, committed_at: datetime, source: str = ""
+        cls, headers: Headers, *, key: str | bytes | None, value: Any, committed_at: datetime | None, source: str = ""
     ) -> Self:
-        """From a record of any client. Of several headers of one name the first counts: the relay's come first.
+        """From a record of any client. Of several headers that could be the id the first is: the relay's come first.
 
         Raises NoMessageId.
         """
-        texts: dict[str, str | None] = {}
+        contents: dict[str, Any] = {}
         for name, content in headers.items() if isinstance(headers, Mapping) else headers:
-            texts.setdefault(name, _text(content))
-        message_id = texts.get("id") or texts.get("ce_id")
-        if not message_id:
-            raise NoMessageId(f"no header id or ce_id; there are: {', '.join(texts) or 'none'}")
+            contents.setdefault(name, content)
+        id_name = next((name for name in contents if name in ("id", "ce_id")), None)
+        if id_name is None or not contents[id_name]:
+            raise NoMessageId(f"no header id or ce_id; there are: {', '.join(contents) or 'none'}")
+        prefix = id_name.removesuffix("id")
+        texts = {name: _text(content) for name, content in contents.items()}
         return cls(
-            message_id,
+            _id(contents[id_name]),
             committed_at,
             key=_text(key),
             value=value,
-            type=texts.get("type") or texts.get("ce_type"),
+            type=texts.get(f"{prefix}type"),
             source=source,
-            sequence=texts.get("sequence") or texts.get("ce_sequence"),
+            sequence=texts.get(f"{prefix}sequence"),
             headers=texts,
         )
 
@@ -117,15 +134,18 @@ class Message:
         """Raises NoMessageId; ValueError if it is no message but an error, which ``poll`` returns alike."""
         if message.error() is not None:
             raise ValueError(f"not a message, but an error: {message.error()}")
-        _, timestamp_ms = message.timestamp()
+        kind, timestamp_ms = message.timestamp()
+        committed_at = datetime.fromtimestamp(timestamp_ms / 1000, UTC) if kind == _CREATE_TIME_CONFLUENT else None
         place = f"{message.topic()}[{message.partition()}]@{message.offset()}"
-        return cls._of_record(message.headers(), message.key(), message.value(), timestamp_ms, source, place)
+        return cls._of_record(message.headers(), message.key(), message.value(), committed_at, source, place)
 
     @classmethod
     def from_aiokafka(cls, record: AiokafkaRecord, *, source: str = "") -> Self:
         """Raises NoMessageId."""
+        is_create_time = record.timestamp_type == _CREATE_TIME_AIOKAFKA
+        committed_at = datetime.fromtimestamp(record.timestamp / 1000, UTC) if is_create_time else None
         place = f"{record.topic}[{record.partition}]@{record.offset}"
-        return cls._of_record(record.headers, record.key, record.value, record.timestamp, source, place)
+        return cls._of_record(record.headers, record.key, record.value, committed_at, source, place)
 
     @classmethod
     def from_faststream(cls, message: FaststreamMessage, *, source: str = "") -> Self:
@@ -138,13 +158,20 @@ class Message:
 
     @classmethod
     def _of_record(
-        cls, headers: Headers | None, key: Any, value: Any, timestamp_ms: int, source: str, place: str
+        cls, headers: Headers | None, key: Any, value: Any, committed_at: datetime | None, source: str, place: str
     ) -> Self:
-        committed_at = datetime.fromtimestamp(timestamp_ms / 1000, UTC)
         try:
             return cls.from_headers(headers or (), key=key, value=value, committed_at=committed_at, source=source)
         except NoMessageId as error:
             raise NoMessageId(f"message {place}: {error}") from None
+
+
+def _id(content: str | bytes) -> str:
+    """Never with a character in the place of another: two ids would become one."""
+    try:
+        return content.decode() if isinstance(content, bytes) else content
+    except UnicodeDecodeError:
+        raise NoMessageId("the id is no text in UTF-8") from None
 
 
 def _text(content: str | bytes | None) -> str | None:

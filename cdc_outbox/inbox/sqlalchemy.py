@@ -1,84 +1,35 @@
-"""``once`` with SQLAlchemy 2: connections and sessions, sync and async."""
+"""``once`` with SQLAlchemy 2: connections and sessions, sync and async; and its table in an application's metadata."""
 
-from collections.abc import Iterable
-from datetime import timedelta
-from functools import partial
-
-from sqlalchemy import Column, DateTime, Index, MetaData, Table, Text, func
+from sqlalchemy import BLANK_SCHEMA, Column, DateTime, Index, MetaData, Table, Text, func
 
 from cdc_outbox.inbox import Message, NoMessageId, NoTransaction, OpenTransaction
-from cdc_outbox.inbox.table import InboxTable
-from cdc_outbox.transactions import parse_table, run_each, run_each_async
-from cdc_outbox.transactions.sqlalchemy import (
-    AnyAsyncConnection,
-    AnyConnection,
-    run,
-    run_alone,
-    run_alone_async,
-    run_async,
-)
+from cdc_outbox.inbox.once import AsyncInboxOf, InboxOf
+from cdc_outbox.transactions import Rows, Statement, parse_table, sqlalchemy
+from cdc_outbox.transactions.sqlalchemy import AnyAsyncConnection, AnyConnection
 
 __all__ = ["AsyncInbox", "Inbox", "Message", "NoMessageId", "NoTransaction", "OpenTransaction", "inbox_tables"]
 
 
-class Inbox(InboxTable):
-    """Tells which messages are new, in the caller's transaction. Has no connection and no state: make one, keep it."""
+class Inbox(InboxOf[AnyConnection]):
+    def _run(self, connection: AnyConnection, statement: Statement, parameter: str | None) -> Rows:
+        return sqlalchemy.run(connection, statement, parameter)
 
-    def once(self, connection: AnyConnection, message: Message) -> bool:
-        """Whether ``message`` is new to this consumer. Then act on it, in this transaction.
-
-        If another session has it right now, this waits for that one's end (READ COMMITTED), or ends with the driver's
-        serialization error (REPEATABLE READ, SERIALIZABLE): roll back and try again. Who swallows an error of the
-        handling and commits has lost the message. Raises NoTransaction, and what the driver raises.
-        """
-        return bool(self.once_many(connection, [message]))
-
-    def once_many(self, connection: AnyConnection, messages: Iterable[Message]) -> list[Message]:
-        """Those of ``messages`` that are new, in their order, with one statement. Else as ``once``."""
-        given = list(messages)
-        return self.fresh(given, run(connection, self.note, self.keys(given))) if given else []
-
-    def prune(self, connection: AnyConnection, older_than: timedelta) -> int:
-        """Forget what this consumer handled longer than ``older_than`` ago; returns how many rows were deleted.
-
-        Works in many short transactions of its own, and blocks no consumer. A message that comes again afterwards is
-        new: keep ids for longer than anybody may replay or redrive. Partitions that hold nothing else are dropped,
-        and not counted; that needs their ownership. Raises OpenTransaction, and what the driver raises.
-        """
-        return run_each(self.pruning(older_than), partial(run_alone, connection))
+    def _run_alone(self, connection: AnyConnection, statement: Statement, parameter: str | None) -> Rows:
+        return sqlalchemy.run_alone(connection, statement, parameter)
 
 
-class AsyncInbox(InboxTable):
-    """Tells which messages are new, in the caller's transaction. Has no connection and no state: make one, keep it."""
+class AsyncInbox(AsyncInboxOf[AnyAsyncConnection]):
+    async def _run(self, connection: AnyAsyncConnection, statement: Statement, parameter: str | None) -> Rows:
+        return await sqlalchemy.run_async(connection, statement, parameter)
 
-    async def once(self, connection: AnyAsyncConnection, message: Message) -> bool:
-        """Whether ``message`` is new to this consumer. Then act on it, in this transaction.
-
-        If another session has it right now, this waits for that one's end (READ COMMITTED), or ends with the driver's
-        serialization error (REPEATABLE READ, SERIALIZABLE): roll back and try again. Who swallows an error of the
-        handling and commits has lost the message. Raises NoTransaction, and what the driver raises.
-        """
-        return bool(await self.once_many(connection, [message]))
-
-    async def once_many(self, connection: AnyAsyncConnection, messages: Iterable[Message]) -> list[Message]:
-        """Those of ``messages`` that are new, in their order, with one statement. Else as ``once``."""
-        given = list(messages)
-        return self.fresh(given, await run_async(connection, self.note, self.keys(given))) if given else []
-
-    async def prune(self, connection: AnyAsyncConnection, older_than: timedelta) -> int:
-        """Forget what this consumer handled longer than ``older_than`` ago; returns how many rows were deleted.
-
-        Works in many short transactions of its own, and blocks no consumer. A message that comes again afterwards is
-        new: keep ids for longer than anybody may replay or redrive. Partitions that hold nothing else are dropped,
-        and not counted; that needs their ownership. Raises OpenTransaction, and what the driver raises.
-        """
-        return await run_each_async(self.pruning(older_than), partial(run_alone_async, connection))
+    async def _run_alone(self, connection: AnyAsyncConnection, statement: Statement, parameter: str | None) -> Rows:
+        return await sqlalchemy.run_alone_async(connection, statement, parameter)
 
 
 def inbox_tables(metadata: MetaData, *, table: str = "public.inbox", partitioned: bool = False) -> tuple[Table, ...]:
     """The tables, as sql/inbox/ makes them, in an application's metadata: Alembic's autogenerate then finds them.
 
-    Of a partitioned one the partitions are not among them: run ``cdc_outbox.inbox.tables.sql(partitioned=True)``, or
+    Of a partitioned one the partitions are not among them: run ``cdc_outbox.inbox.schema.sql(partitioned=True)``, or
     your own tool for that, besides.
     """
     schema, name = parse_table(table)
@@ -88,10 +39,10 @@ def inbox_tables(metadata: MetaData, *, table: str = "public.inbox", partitioned
         Column("consumer", Text, primary_key=True),
         Column("source", Text, primary_key=True, server_default=""),
         Column("message_id", Text, primary_key=True),
-        Column("committed_at", DateTime(timezone=True), primary_key=partitioned, nullable=False),
+        Column("committed_at", DateTime(timezone=True), primary_key=partitioned, nullable=not partitioned),
         Column("processed_at", DateTime(timezone=True), nullable=False, server_default=func.now()),
         Index(f"{name}_processed_at_idx", "processed_at", postgresql_using="brin"),
-        schema=None if schema == "public" else schema,  # as Alembic knows the default one
+        schema=BLANK_SCHEMA if schema == "public" else schema,  # as Alembic knows the default one
         postgresql_partition_by="RANGE (committed_at)" if partitioned else None,
     )
     return (inbox,)

@@ -5,7 +5,7 @@ waits for that transaction to end: if it commits, the message is a duplicate, if
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Final
 
@@ -14,6 +14,9 @@ from cdc_outbox.transactions import Rows, Statement, Steps, quoted_table
 
 #: 8 kB each: some thousands of rows in a transaction, a fraction of a second.
 _BLOCKS_AT_A_TIME: Final = 64
+#: Dropping a partition asks for a lock that busy consumers rarely leave free.
+_DROP_ATTEMPTS: Final = 3
+_LONGEST_CONSUMER_BYTES: Final = 1_000
 
 
 class InboxTable:
@@ -26,67 +29,72 @@ class InboxTable:
     """
 
     def __init__(self, consumer: str, *, table: str = "public.inbox") -> None:
-        if not consumer or "\0" in consumer:
+        if not consumer or "\0" in consumer or len(consumer.encode(errors="surrogatepass")) > _LONGEST_CONSUMER_BYTES:
             raise ValueError("an inbox needs the consumer's name, the same in every process that does the same work")
         self._consumer = consumer
         self._table = quoted_table(table)
-        # Sorted: two sessions that write the same messages in different orders would wait for each other.
-        # Not caught as an error: the transaction would be lost, and its text is translated.
-        self.note: Final = Statement(
-            f"INSERT INTO {self._table} (consumer, source, message_id, committed_at)"
-            " SELECT consumer, source, message_id, committed_at FROM json_to_recordset(CAST(CAST(",
-            " AS text) AS json)) AS message (consumer text, source text, message_id text, committed_at timestamptz)"
-            " ORDER BY consumer, source, message_id ON CONFLICT DO NOTHING RETURNING source, message_id",
-            returns=True,
-        )
+        self._insert: Final = _insert(self._table)
 
-    def keys(self, messages: Iterable[Message]) -> str:
-        """The parameter of ``note``."""
-        return json.dumps(
-            [
-                {
-                    "consumer": self._consumer,
-                    "source": message.source,
-                    "message_id": message.id,
-                    "committed_at": message.committed_at.isoformat(),
-                }
-                for message in messages
-            ]
-        )
+    def _keys(self, messages: Iterable[Message]) -> str:
+        """The parameter of the insert."""
+        keys = [
+            [message.source, message.id, message.committed_at and message.committed_at.isoformat()]
+            for message in messages
+        ]
+        return json.dumps({"consumer": self._consumer, "messages": keys}, ensure_ascii=False)
 
-    def fresh(self, messages: Iterable[Message], noted: Rows) -> list[Message]:
+    def _fresh(self, messages: Sequence[Message], places: Rows) -> list[Message]:
         """Those that were not there before, in the order given; of copies among them the first."""
-        new = {(source, message_id) for source, message_id in noted}
-        fresh: list[Message] = []
-        for message in messages:
-            if (message.source, message.id) in new:
-                new.remove((message.source, message.id))
-                fresh.append(message)
-        return fresh
+        return [messages[place - 1] for (place,) in places]
 
-    def pruning(self, older_than: timedelta) -> Steps:
+    def _pruning(self, older_than: timedelta) -> Steps:
         """Statements that drop past partitions and delete old rows a few blocks at a time; returns how many rows.
 
         Raises ValueError.
         """
         if older_than < timedelta():
             raise ValueError(f"older_than is {older_than}: nothing was processed in the future")
-        seconds = older_than.total_seconds()
-        age = json.dumps({"consumer": self._consumer, "seconds": seconds})
-        for (partition,) in (yield _find_past_partitions(self._table), age) or []:
-            yield _drop(partition, self._consumer, seconds), None
-        places = yield _find_old(self._table), age
+        age = {"consumer": self._consumer, "seconds": older_than.total_seconds()}
+        for _ in range(_DROP_ATTEMPTS):
+            for (partition,) in (yield _find_past_partitions(self._table), json.dumps(age, ensure_ascii=False)) or []:
+                yield _drop(partition, self._consumer, older_than.total_seconds()), None
+        places = yield _find_old(self._table), json.dumps(age, ensure_ascii=False)
         deleted = 0
         for table, block in places or []:
-            ((count,),) = (yield _delete(table, block), age) or [(0,)]
+            here = {**age, "first": block, "end": block + _BLOCKS_AT_A_TIME}
+            ((count,),) = (yield _delete(table), json.dumps(here, ensure_ascii=False)) or [(0,)]
             deleted += count
         return deleted
+
+
+def _insert(table: str) -> Statement:
+    """Writes what is not there, and returns its places in the list that was given.
+
+    Not caught as an error: the transaction would be lost, and an error's text is translated. Sorted: two sessions that
+    write the same messages in different orders would wait for each other. Places and not ids are returned: there are
+    drivers that give text back as bytes.
+    """
+    return Statement(
+        "WITH given AS (SELECT CAST(CAST(",
+        f""" AS text) AS json) AS given), message AS (
+            SELECT given ->> 'consumer' AS consumer, entry ->> 0 AS source, entry ->> 1 AS message_id,
+                   CAST(entry ->> 2 AS timestamptz) AS committed_at, place
+              FROM given, json_array_elements(given -> 'messages') WITH ORDINALITY AS one (entry, place)
+        ), written AS (
+            INSERT INTO {table} (consumer, source, message_id, committed_at)
+            SELECT consumer, source, message_id, committed_at FROM message ORDER BY consumer, source, message_id, place
+            ON CONFLICT DO NOTHING RETURNING source, message_id
+        )
+        SELECT CAST(min(place) AS integer) FROM message JOIN written USING (source, message_id)
+         GROUP BY source, message_id ORDER BY 1""",
+        returns=True,
+    )
 
 
 #: SQL around the parameter of everything that prunes.
 _AGE: Final = (
     "WITH age AS MATERIALIZED (SELECT * FROM json_to_record(CAST(CAST(",
-    " AS text) AS json)) AS age (consumer text, seconds float))",
+    ' AS text) AS json)) AS age (consumer text, seconds float, first bigint, "end" bigint))',
 )
 #: Subqueries, because an index can be used with those.
 _IS_OLD: Final = (
@@ -119,14 +127,17 @@ def _drop(partition: str, consumer: str, seconds: float) -> Statement:
     """
     name = f"convert_from(decode('{consumer.encode().hex()}', 'hex'), 'UTF8')"
     kept = f"processed_at >= now() - make_interval(secs => {seconds}) OR consumer <> {name}"
+    tag = "$drop$"
+    while tag in partition:
+        tag = f"$_{tag[1:]}"
     return Statement(
-        f"""DO $drop$ BEGIN
+        f"""DO {tag} BEGIN
             IF EXISTS (SELECT FROM ONLY {partition} WHERE {kept}) THEN RETURN; END IF;
-            SET LOCAL lock_timeout = '50ms';
+            SET LOCAL lock_timeout = '80ms';
             LOCK TABLE ONLY {partition} IN SHARE ROW EXCLUSIVE MODE;
             IF NOT EXISTS (SELECT FROM ONLY {partition} WHERE {kept}) THEN DROP TABLE {partition}; END IF;
-        EXCEPTION WHEN lock_not_available OR undefined_table THEN NULL;
-        END $drop$"""
+        EXCEPTION WHEN lock_not_available OR deadlock_detected OR undefined_table THEN NULL;
+        END {tag}"""
     )
 
 
@@ -147,14 +158,14 @@ def _find_old(table: str) -> Statement:
     )
 
 
-def _delete(table: str, block: int) -> Statement:
+def _delete(table: str) -> Statement:
     """How many it deleted. What is locked is passed over: another cleaner has it."""
     return Statement(
         _AGE[0],
         f"""{_AGE[1]}, old AS (
             SELECT event.ctid AS place FROM ONLY {table} AS event
-             WHERE event.ctid >= CAST('({block},0)' AS tid)
-               AND event.ctid < CAST('({block + _BLOCKS_AT_A_TIME},0)' AS tid) AND {_IS_OLD}
+             WHERE event.ctid >= (SELECT CAST('(' || first || ',0)' AS tid) FROM age)
+               AND event.ctid < (SELECT CAST('(' || "end" || ',0)' AS tid) FROM age) AND {_IS_OLD}
                FOR UPDATE SKIP LOCKED
         ), gone AS (DELETE FROM ONLY {table} AS event USING old WHERE event.ctid = old.place RETURNING 1)
         SELECT count(*) FROM gone""",

@@ -1,43 +1,21 @@
 """``emit`` with psycopg 3."""
 
-from collections.abc import Iterable
 from typing import Any
-from uuid import UUID
 
 from psycopg import AsyncConnection, Connection
 
 from cdc_outbox.outbox import Event, EventRefused, NoTransaction
-from cdc_outbox.outbox.table import OutboxTable
-from cdc_outbox.transactions.psycopg import run, run_async
+from cdc_outbox.outbox.emit import AsyncOutboxOf, OutboxOf
+from cdc_outbox.transactions import Rows, Statement, psycopg
 
 __all__ = ["AsyncOutbox", "Event", "EventRefused", "NoTransaction", "Outbox"]
 
 
-class Outbox(OutboxTable):
-    """Writes events into the caller's transaction. Has no connection and no state: make one and keep it."""
-
-    def emit(self, connection: Connection[Any], event: Event) -> UUID:
-        """Write one event; returns its id. Raises EventRefused, NoTransaction, and what the driver raises."""
-        return self.emit_many(connection, [event])[0]
-
-    def emit_many(self, connection: Connection[Any], events: Iterable[Event]) -> list[UUID]:
-        """Write all of them or, if one is refused, none; returns their ids. Raises as ``emit`` does."""
-        rows = self.rows(events)
-        for text in rows.texts:
-            run(connection, self.statement, text)
-        return rows.ids
+class Outbox(OutboxOf[Connection[Any]]):
+    def _run(self, connection: Connection[Any], statement: Statement, parameter: str) -> Rows:
+        return psycopg.run(connection, statement, parameter)
 
 
-class AsyncOutbox(OutboxTable):
-    """Writes events into the caller's transaction. Has no connection and no state: make one and keep it."""
-
-    async def emit(self, connection: AsyncConnection[Any], event: Event) -> UUID:
-        """Write one event; returns its id. Raises EventRefused, NoTransaction, and what the driver raises."""
-        return (await self.emit_many(connection, [event]))[0]
-
-    async def emit_many(self, connection: AsyncConnection[Any], events: Iterable[Event]) -> list[UUID]:
-        """Write all of them or, if one is refused, none; returns their ids. Raises as ``emit`` does."""
-        rows = self.rows(events)
-        for text in rows.texts:
-            await run_async(connection, self.statement, text)
-        return rows.ids
+class AsyncOutbox(AsyncOutboxOf[AsyncConnection[Any]]):
+    async def _run(self, connection: AsyncConnection[Any], statement: Statement, parameter: str) -> Rows:
+        return await psycopg.run_async(connection, statement, parameter)

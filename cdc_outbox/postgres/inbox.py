@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Final
 
 from cdc_outbox.errors import OperatorNeeded
-from cdc_outbox.inbox import tables
+from cdc_outbox.inbox import schema
 from cdc_outbox.postgres.connection import Connection, translated
 from cdc_outbox.transactions import quoted_table
 
@@ -19,7 +19,7 @@ def up(connection: Connection, table: str, *, partitioned: bool, report: Callabl
         before = _relations(connection, name)
         if before:
             _check(connection, name, partitioned=partitioned)
-        connection.execute(tables.sql(table, partitioned=partitioned).encode())
+        connection.execute(schema.sql(table, partitioned=partitioned).encode())
         for made in sorted(_relations(connection, name) - before):
             report(f"make table {made}")
 
@@ -41,6 +41,18 @@ def _check(connection: Connection, name: str, *, partitioned: bool) -> None:
         raise OperatorNeeded(
             f"table {name} is there, and it is {'' if is_partitioned else 'not '}partitioned",
             hint="leave out --partitioned" if partitioned else "add --partitioned",
+        )
+    key = ["consumer", "source", "message_id", *(["committed_at"] if partitioned else [])]
+    keys = connection.execute(
+        "SELECT array_agg(attname::text) FROM pg_index"
+        " JOIN pg_attribute ON attrelid = indrelid AND attnum = ANY (indkey)"
+        " WHERE indrelid = to_regclass(%s) AND indisunique AND indpred IS NULL GROUP BY indexrelid",
+        [name],
+    ).fetchall()
+    if sorted(key) not in [sorted(columns) for (columns,) in keys]:
+        raise OperatorNeeded(
+            f"table {name} is there, and has no unique key ({', '.join(key)})",
+            hint=f"ALTER TABLE {name} ADD PRIMARY KEY ({', '.join(key)})",
         )
 
 

@@ -107,7 +107,7 @@ def assert_emitted(
     table = outbox or OutboxTable()
     module = _module(connection)
     own = getattr(connection, "alias", connection) if module.__name__.endswith(".django") else connection
-    rows = module.read(own, table.read_emitted, None)
+    rows = module.read(own, table.read_emitted(), None)
     return _Wanted(event_type, aggregate_id, payload, headers or {}, count).check(table, rows)
 
 
@@ -123,7 +123,7 @@ async def assert_emitted_async(
 ) -> list[Emitted]:
     """As ``assert_emitted``, for the connections of psycopg, SQLAlchemy and asyncpg that are awaited."""
     table = outbox or OutboxTable()
-    rows = await _module(connection).read_async(connection, table.read_emitted, None)
+    rows = await _module(connection).read_async(connection, table.read_emitted(), None)
     return _Wanted(event_type, aggregate_id, payload, headers or {}, count).check(table, rows)
 
 

@@ -10,6 +10,7 @@ has.
 """
 
 import re
+import string
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
@@ -18,6 +19,8 @@ Rows: TypeAlias = list[tuple[Any, ...]]
 
 #: A name as SQL takes it: quoted, or letters, digits, underscores and dollar signs.
 _NAME: Final = re.compile(r'"((?:[^"\0]|"")+)"|([^\W\d][\w$]*)')
+#: PostgreSQL folds these letters and no others.
+_LOWER: Final = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
 
 
 class NoTransaction(RuntimeError):
@@ -51,6 +54,9 @@ class Statement:
             before, after = before.replace(escape, 2 * escape), after.replace(escape, 2 * escape)
         return f"{before}{placeholder}{after}"
 
+
+#: First in a transaction. Its later statements then see what others have committed before each of them.
+READ_COMMITTED: Final = Statement("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
 
 #: What is to be run next, and with which parameter; each is sent the rows of the one before, and the last one counts.
 Steps: TypeAlias = Generator[tuple[Statement, str | None], Rows | None, int]
@@ -96,7 +102,7 @@ def parse_table(name: str) -> tuple[str, str]:
     parts: list[str] = []
     at = 0
     while found := _NAME.match(name, at):
-        parts.append(found[1].replace('""', '"') if found[1] else found[2].lower())
+        parts.append(found[1].replace('""', '"') if found[1] else found[2].translate(_LOWER))
         at = found.end()
         if at == len(name) and len(parts) <= 2:
             return ("public", parts[0]) if len(parts) == 1 else (parts[0], parts[1])

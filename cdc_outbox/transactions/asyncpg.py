@@ -28,5 +28,5 @@ async def run_alone_async(connection: Connection, statement: Statement, paramete
     """In a transaction of its own. Raises OpenTransaction."""
     if connection.is_in_transaction():
         raise OpenTransaction
-    async with connection.transaction():
-        return await run_async(connection, statement, parameter)
+    async with connection.transaction(isolation="read_committed"):
+        return await read_async(connection, statement, parameter)

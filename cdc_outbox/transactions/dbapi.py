@@ -8,7 +8,7 @@ from contextlib import closing
 from functools import cache
 from typing import Any, Final, Protocol
 
-from cdc_outbox.transactions import NoTransaction, OpenTransaction, Rows, Statement
+from cdc_outbox.transactions import READ_COMMITTED, NoTransaction, OpenTransaction, Rows, Statement
 
 #: By a driver's paramstyle, as PEP 249 names them.
 _PLACEHOLDERS: Final = {"format": "%s", "pyformat": "%(rows)s", "qmark": "?", "numeric": ":1", "named": ":rows"}
@@ -26,36 +26,46 @@ class Connection(Protocol):
 
 def run(connection: Connection, statement: Statement, parameter: str | None) -> Rows:
     """In the caller's transaction. Raises NoTransaction."""
-    if getattr(connection, "autocommit", False) and _is_idle(connection) is not False:
-        raise NoTransaction("turn its autocommit off")
-    return read(connection, statement, parameter)
+    with closing(connection.cursor()) as cursor:
+        # asked now: there are wrappers that connect, and know of autocommit, with the first cursor
+        if getattr(connection, "autocommit", False) and _is_idle(connection) is not False:
+            raise NoTransaction("turn its autocommit off")
+        return _execute(connection, cursor, statement, parameter)
 
 
 def read(connection: Connection, statement: Statement, parameter: str | None) -> Rows:
     """In a transaction or not."""
-    style = _paramstyle(type(connection))
-    text = statement.text(_PLACEHOLDERS[style], escape="%" if "format" in style else "")
     with closing(connection.cursor()) as cursor:
-        if parameter is None:
-            cursor.execute(text)
-        else:
-            cursor.execute(text, {"rows": parameter} if style in ("pyformat", "named") else (parameter,))
-        if not statement.returns:
-            return []
-        return [tuple(row.values()) if isinstance(row, dict) else tuple(row) for row in cursor.fetchall()]
+        return _execute(connection, cursor, statement, parameter)
 
 
 def run_alone(connection: Connection, statement: Statement, parameter: str | None) -> Rows:
-    """In a transaction of its own. Raises OpenTransaction, with a driver that says whether one is open."""
+    """In a transaction of its own. Raises OpenTransaction, with a driver that says whether one is open.
+
+    With one that does not, it is the caller's: it is committed with what was done in it.
+    """
     if _is_idle(connection) is False:
         raise OpenTransaction
     try:
+        run(connection, READ_COMMITTED, None)
         rows = run(connection, statement, parameter)
     except BaseException:
         connection.rollback()
         raise
     connection.commit()
     return rows
+
+
+def _execute(connection: Connection, cursor: Any, statement: Statement, parameter: str | None) -> Rows:
+    style = _paramstyle(type(connection))
+    text = statement.text(_PLACEHOLDERS[style], escape="%" if "format" in style else "")
+    if parameter is None:
+        cursor.execute(text)
+    else:
+        cursor.execute(text, {"rows": parameter} if style in ("pyformat", "named") else (parameter,))
+    if not statement.returns:
+        return []
+    return [tuple(row.values()) if isinstance(row, dict) else tuple(row) for row in cursor.fetchall()]
 
 
 def _is_idle(connection: Connection) -> bool | None:

@@ -5,13 +5,21 @@ from typing import Any
 from psycopg import AsyncConnection, AsyncCursor, Connection, Cursor
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
+from psycopg.sql import SQL
 
-from cdc_outbox.transactions import NoTransaction, OpenTransaction, Rows, Statement
+from cdc_outbox.transactions import READ_COMMITTED, NoTransaction, OpenTransaction, Rows, Statement
+
+_HINT = "write `with connection.transaction():` around it and the change"
 
 
 def run(connection: Connection[Any], statement: Statement, parameter: str | None) -> Rows:
     """In the caller's transaction. Raises NoTransaction."""
-    _refuse_no_transaction(connection)
+    if connection.autocommit:
+        if connection.info.transaction_status == TransactionStatus.ACTIVE:  # in a pipeline: it tells after a sync
+            with connection.pipeline():
+                pass
+        if connection.info.transaction_status == TransactionStatus.IDLE:
+            raise NoTransaction(_HINT)
     return read(connection, statement, parameter)
 
 
@@ -20,19 +28,25 @@ def read(connection: Connection[Any], statement: Statement, parameter: str | Non
     # not connection.cursor(): the caller's cursor factory may read other placeholders
     with Cursor(connection, row_factory=tuple_row) as cursor:
         cursor.execute(_text(statement), _parameters(parameter))
-        return cursor.fetchall() if statement.returns else []
+        return _decoded(cursor.fetchall()) if statement.returns else []
 
 
 def run_alone(connection: Connection[Any], statement: Statement, parameter: str | None) -> Rows:
     """In a transaction of its own. Raises OpenTransaction."""
     _refuse_open_transaction(connection)
     with connection.transaction():
-        return run(connection, statement, parameter)
+        read(connection, READ_COMMITTED, None)
+        return read(connection, statement, parameter)
 
 
 async def run_async(connection: AsyncConnection[Any], statement: Statement, parameter: str | None) -> Rows:
     """In the caller's transaction. Raises NoTransaction."""
-    _refuse_no_transaction(connection)
+    if connection.autocommit:
+        if connection.info.transaction_status == TransactionStatus.ACTIVE:
+            async with connection.pipeline():
+                pass
+        if connection.info.transaction_status == TransactionStatus.IDLE:
+            raise NoTransaction(f"{_HINT} (async)")
     return await read_async(connection, statement, parameter)
 
 
@@ -40,27 +54,29 @@ async def read_async(connection: AsyncConnection[Any], statement: Statement, par
     """In a transaction or not."""
     async with AsyncCursor(connection, row_factory=tuple_row) as cursor:
         await cursor.execute(_text(statement), _parameters(parameter))
-        return await cursor.fetchall() if statement.returns else []
+        return _decoded(await cursor.fetchall()) if statement.returns else []
 
 
 async def run_alone_async(connection: AsyncConnection[Any], statement: Statement, parameter: str | None) -> Rows:
     """In a transaction of its own. Raises OpenTransaction."""
     _refuse_open_transaction(connection)
     async with connection.transaction():
-        return await run_async(connection, statement, parameter)
+        await read_async(connection, READ_COMMITTED, None)
+        return await read_async(connection, statement, parameter)
 
 
-def _text(statement: Statement) -> bytes:
-    return statement.text("%s", escape="%").encode()
+def _text(statement: Statement) -> SQL:
+    # SQL, which is encoded as the connection has it; its type means to keep out what is put together, as this is
+    return SQL(statement.text("%s", escape="%"))  # type: ignore[arg-type, unused-ignore]
 
 
 def _parameters(parameter: str | None) -> list[str] | None:
     return None if parameter is None else [parameter]
 
 
-def _refuse_no_transaction(connection: Connection[Any] | AsyncConnection[Any]) -> None:
-    if connection.autocommit and connection.info.transaction_status == TransactionStatus.IDLE:
-        raise NoTransaction("write `with connection.transaction():` around it and the change")
+def _decoded(rows: Rows) -> Rows:
+    """Of a database in SQL_ASCII text comes as bytes."""
+    return [tuple(value.decode() if isinstance(value, bytes) else value for value in row) for row in rows]
 
 
 def _refuse_open_transaction(connection: Connection[Any] | AsyncConnection[Any]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.orm import Session, scoped_session
 
-from cdc_outbox.transactions import NoTransaction, OpenTransaction, Rows, Statement
+from cdc_outbox.transactions import READ_COMMITTED, NoTransaction, OpenTransaction, Rows, Statement
 
 if TYPE_CHECKING:  # importing it asks for greenlet, which who writes no asynchronous code need not have
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession, async_scoped_session
@@ -19,8 +19,8 @@ AnyAsyncConnection: TypeAlias = "AsyncConnection | AsyncSession | async_scoped_s
 
 
 def run(connection: AnyConnection, statement: Statement, parameter: str | None) -> Rows:
-    """In the caller's transaction. Raises NoTransaction."""
-    own = connection if isinstance(connection, Connection) else connection.connection()
+    """In the caller's transaction. Raises NoTransaction; ValueError for a session of several databases."""
+    own = connection if isinstance(connection, Connection) else _connection_of(connection)
     if getattr(own.connection.dbapi_connection, "autocommit", False):
         raise NoTransaction("give the change a connection whose isolation_level is not AUTOCOMMIT")
     return read(own, statement, parameter)
@@ -39,6 +39,7 @@ def run_alone(connection: AnyConnection, statement: Statement, parameter: str | 
     if own.in_transaction():
         raise OpenTransaction
     with own.begin():
+        run(own, READ_COMMITTED, None)
         return run(own, statement, parameter)
 
 
@@ -58,6 +59,18 @@ async def run_alone_async(connection: AnyAsyncConnection, statement: Statement, 
     """In a transaction of its own. Raises OpenTransaction."""
     own = connection() if callable(connection) else connection  # a scoped session is
     return await own.run_sync(run_alone, statement, parameter)
+
+
+def _connection_of(session: Session | scoped_session[Any]) -> Connection:
+    own = session() if callable(session) else session
+    binds = getattr(own, "binds", None) or getattr(own, "_Session__binds", None) or {}  # of 2.1, of 2.0
+    engines = {own.bind, *binds.values()} - {None}
+    if len(engines) > 1:
+        raise ValueError(
+            "this session has several databases (binds); give the connection of the change:"
+            " session.connection(bind_arguments={'mapper': ...})"
+        )
+    return own.connection(bind_arguments={"bind": engines.pop()} if engines else None)
 
 
 @lru_cache(maxsize=64)

@@ -11,11 +11,25 @@ import psycopg
 import pytest
 
 from cdc_outbox.inbox import Message, NoTransaction, OpenTransaction
-from cdc_outbox.inbox import tables as inbox_sql
-from support.applications import ALL, Application, Consumer, Psycopg, Psycopg2, django_connections, url
+from cdc_outbox.inbox import schema as inbox_sql
+from cdc_outbox.outbox import Event
+from support.applications import (
+    ALL,
+    Application,
+    Asyncpg,
+    AsyncPsycopg,
+    Consumer,
+    Django,
+    Psycopg,
+    Psycopg2,
+    SqlalchemyAsyncConnection,
+    django_connections,
+    make_emit,
+    url,
+)
 from support.command import run
 from support.waiting import wait_until
-from support.world import World
+from support.world import World, make_world
 
 Start = Callable[..., Application]
 WEEK = timedelta(days=7)
@@ -200,6 +214,40 @@ class TestPartitions:
         Consumer(application, "billing").prune(timedelta(days=2))
         assert self.partitions(consuming) == {"day_2"}
 
+    @pytest.mark.parametrize("isolation", ["repeatable read", "serializable"])
+    def test_what_is_committed_while_it_waits_keeps_it(self, consuming: World, start: Start, isolation: str) -> None:
+        """Whatever isolation the database has by default: the second look must not be at an old snapshot."""
+        application, busy = start(), start()
+        messages = self.fill(consuming, application)
+        consuming.db.execute(
+            f"ALTER DATABASE {consuming.name} SET default_transaction_isolation = '{isolation}'".encode()
+        )
+        pruning = threading.Thread(
+            target=lambda: Consumer(start(), "billing").prune(timedelta(days=2)),
+        )
+        with busy.inside(busy.transaction()):
+            Consumer(busy, "billing").once(replace(messages["day-3"], id="late"))
+            pruning.start()
+            wait_until(lambda: is_waiting(consuming), "it waits for the partition")
+        pruning.join()
+        assert self.partitions(consuming) == {"day_2", "day_3"}
+
+    def test_the_coming_days_are_made_beside_consumers(self, consuming: World, start: Start) -> None:
+        """A transaction of a consumer's that lasts holds up neither that nor others."""
+        busy, other = start(), start()
+        for (name,) in consuming.db.execute(
+            "SELECT relid::regclass::text FROM pg_partition_tree('inbox') WHERE relid::regclass::text ~ '_20'"
+            " ORDER BY 1 DESC LIMIT 3"
+        ).fetchall():
+            consuming.db.execute(f"DROP TABLE {name}".encode())
+        with busy.inside(busy.transaction()):
+            Consumer(busy, "billing").once(a_message("today"))
+            made = run(consuming.environment, "migrate", "inbox", "up", "--partitioned")
+            assert made.exit_code == 0
+            assert len(made.out.splitlines()) == 3
+            with other.inside(other.transaction()):
+                assert Consumer(other, "billing").once(a_message("too"))
+
 
 ISOLATION = ["READ COMMITTED", "REPEATABLE READ", "SERIALIZABLE"]
 
@@ -288,6 +336,107 @@ def test_a_pipeline_hides_no_answer(consuming: World) -> None:
         assert not Inbox("billing").once(connection, message)
 
 
+def test_a_pipeline_without_a_transaction_is_refused(consuming: World) -> None:
+    from cdc_outbox.inbox.psycopg import Inbox
+
+    with psycopg.connect(consuming.dsn, autocommit=True) as connection, connection.pipeline():
+        connection.execute("SELECT 1")
+        with pytest.raises(NoTransaction):
+            Inbox("billing").once(connection, a_message())
+        with connection.transaction():
+            assert Inbox("billing").once(connection, a_message())
+
+
+#: psycopg 3 gives text back as bytes in SQL_ASCII; SQLAlchemy and Django over it do not start, psycopg2 sends ASCII.
+BYTES_FOR_TEXT = [Psycopg, AsyncPsycopg, Asyncpg, SqlalchemyAsyncConnection]
+
+
+@pytest.mark.parametrize("encoding", ["SQL_ASCII", "LATIN1"])
+def test_databases_in_other_encodings(postgres: str, kafka: str, encoding: str) -> None:
+    with make_world(postgres, kafka, encoding=encoding) as world:
+        world.migrate()
+        for table in ("public.inbox", '"Zwölf".inbox'):
+            world.db.execute('CREATE SCHEMA IF NOT EXISTS "Zwölf"')
+            world.db.execute(inbox_sql.sql(table))
+            for kind in BYTES_FOR_TEXT if encoding == "SQL_ASCII" else ALL:
+                application = kind(world.dsn)
+                inbox, message = Consumer(application, f"é {kind.__name__}", table=table), a_message("é")
+                with application.inside(application.transaction()):
+                    make_emit(application)(Event("opened", "é", {"é": 1}))
+                    assert inbox.once(message)
+                    assert not inbox.once(message)
+                assert inbox.prune(timedelta()) == 1
+                application.close()
+
+
+def test_a_topic_that_stamps_records_itself(consuming: World) -> None:
+    """Each copy has another time there, and a partitioned inbox would take it for new."""
+    from cdc_outbox.inbox.psycopg import Inbox
+
+    message = a_message(committed_at=None)
+    partitioned = consuming.db.execute("SELECT FROM pg_class WHERE relname = 'inbox' AND relkind = 'p'").rowcount
+    with psycopg.connect(consuming.dsn) as connection:
+        if partitioned:
+            with pytest.raises(psycopg.errors.NotNullViolation):
+                Inbox("billing").once(connection, message)
+        else:
+            assert Inbox("billing").once(connection, message)
+            assert not Inbox("billing").once(connection, message)
+
+
+def test_a_connection_of_djangos_given_to_another_module_is_refused(consuming: World) -> None:
+    """It knows of its autocommit only when it has connected."""
+    from cdc_outbox.inbox.dbapi import Inbox
+
+    application = Django(consuming.dsn)
+    connection = django_connections()[application.connection]
+    with pytest.raises(NoTransaction):
+        Inbox("billing").once(connection, a_message())
+    application.close()
+
+
+def test_djangos_own_transaction_around_a_test_does_not_count(consuming: World) -> None:
+    from django.db import transaction
+
+    application = Django(consuming.dsn)
+    inbox = Consumer(application, "billing")
+    around = transaction.atomic(using=application.connection)
+    around._from_testcase = True  # as TestCase does
+    with around:
+        with pytest.raises(NoTransaction):
+            inbox.once(a_message())
+        with transaction.atomic(using=application.connection):
+            assert inbox.once(a_message())
+    application.close()
+
+
+def test_a_session_of_several_databases_is_refused(consuming: World) -> None:
+    """It would write the change to one and the id to another."""
+    import sqlalchemy as sa
+    from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+    from cdc_outbox.inbox.sqlalchemy import Inbox
+
+    class Base(DeclarativeBase):
+        pass
+
+    class Order(Base):
+        __tablename__ = "orders"
+        id: Mapped[int] = mapped_column(primary_key=True)
+
+    message = a_message()
+    one, two = (sa.create_engine(url(consuming.dsn, "postgresql+psycopg")) for _ in range(2))
+    with Session(one, binds={Order: two}) as session:
+        with pytest.raises(ValueError, match="several databases"):
+            Inbox("billing").once(session, a_message())
+        assert Inbox("billing").once(session.connection(bind_arguments={"mapper": Order}), message)
+        session.commit()
+    with Session(binds={Order: two}) as session:  # of one database
+        assert not Inbox("billing").once(session, message)
+    one.dispose()
+    two.dispose()
+
+
 def test_rows_that_are_dictionaries(consuming: World) -> None:
     import psycopg2.extras
 
@@ -337,8 +486,6 @@ class TestTables:
 
     def test_of_django(self, world: World) -> None:
         from django.core.management import call_command
-
-        from support.applications import Django
 
         application = Django(world.dsn)
         call_command("migrate", database=application.connection, verbosity=0, interactive=False)
@@ -394,6 +541,13 @@ class TestTables:
         refused = run(world.environment, "migrate", "inbox", "up", "--partitioned")
         assert refused.exit_code == 3
         assert "not partitioned" in refused.err
+        world.db.execute("ALTER TABLE inbox DROP CONSTRAINT inbox_pkey")
+        refused = run(world.environment, "migrate", "inbox", "up")
+        assert refused.exit_code == 3
+        assert "has no unique key (consumer, source, message_id)" in refused.err
+        long = run(world.environment, "migrate", "inbox", "up", "--partitioned", "--table", "x" * 55)
+        assert long.exit_code == 3
+        assert "is too long" in long.err
         wrong = run(world.environment, "migrate", "inbox", "sql", "--table", "a.b.c")
         assert wrong.exit_code == 2
         assert "'a.b.c' is not a table name" in wrong.err

@@ -9,7 +9,7 @@ from typing import Final
 
 import pytest
 
-from cdc_outbox.inbox import tables as inbox_sql
+from cdc_outbox.inbox import schema as inbox_sql
 from support.applications import url
 from support.world import World
 
@@ -43,7 +43,7 @@ def test_importing_one_loads_its_driver_and_the_standard_library(package: str, d
 
 
 def test_the_core_loads_the_standard_library_only() -> None:
-    more = loaded("import cdc_outbox.outbox, cdc_outbox.inbox, cdc_outbox.inbox.tables") - loaded("")
+    more = loaded("import cdc_outbox.outbox, cdc_outbox.inbox, cdc_outbox.inbox.schema") - loaded("")
     assert {name.partition(".")[0] for name in more} - set(sys.stdlib_module_names) == {"cdc_outbox"}
 
 

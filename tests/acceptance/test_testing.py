@@ -13,7 +13,7 @@ import pytest
 
 from cdc_outbox import testing
 from cdc_outbox.inbox import Message
-from cdc_outbox.inbox import tables as inbox_sql
+from cdc_outbox.inbox import schema as inbox_sql
 from cdc_outbox.inbox.psycopg import AsyncInbox, Inbox
 from cdc_outbox.outbox import Event
 from cdc_outbox.outbox.table import OutboxTable

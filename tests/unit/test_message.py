@@ -35,6 +35,7 @@ def aiokafka(headers: Any, **more: Any) -> Any:
             "key": b"a-1",
             "value": b"{}",
             "timestamp": TIMESTAMP_MS,
+            "timestamp_type": 0,
             "topic": "t",
             "partition": 3,
             "offset": 42,
@@ -72,6 +73,27 @@ def test_the_relays_own_header_counts_and_not_a_later_one_of_that_name() -> None
     assert Message.from_confluent(confluent([*PLAIN, ("id", b"forged"), ("type", b"forged")])).id == "e-1"
 
 
+def test_the_id_is_the_one_that_comes_first() -> None:
+    """The row's own headers come after the relay's, whichever style that has."""
+    message = Message.from_confluent(confluent([*CLOUDEVENTS, ("id", b"customer-42"), ("type", b"vip")]))
+    assert (message.id, message.type) == ("e-1", "opened")
+    assert Message.from_confluent(confluent([*PLAIN, ("ce_id", b"theirs"), ("ce_type", b"theirs")])).type == "opened"
+
+
+def test_ids_are_taken_as_they_are_or_not_at_all() -> None:
+    for content in (b"\xff\x01", b"x" * 1001, b"a\0"):
+        with pytest.raises(NoMessageId):
+            Message.from_confluent(confluent([("id", content)]))
+    with pytest.raises(NoMessageId, match="id is no text"):
+        Message("\ud800", AT)
+
+
+def test_a_topic_that_stamps_records_itself_tells_no_commit_time() -> None:
+    assert Message.from_confluent(confluent(PLAIN, timestamp=(2, TIMESTAMP_MS))).committed_at is None
+    assert Message.from_confluent(confluent(PLAIN, timestamp=(0, -1))).committed_at is None
+    assert Message.from_aiokafka(aiokafka(PLAIN, timestamp_type=1)).committed_at is None
+
+
 def test_a_tombstone_and_a_record_without_a_key() -> None:
     message = Message.from_confluent(confluent(PLAIN, value=None, key=None))
     assert (message.value, message.key) == (None, None)
@@ -107,7 +129,7 @@ def test_what_is_no_message() -> None:
         Message("", AT)
 
 
-@pytest.mark.parametrize("consumer", ["", "a\0"])
+@pytest.mark.parametrize("consumer", ["", "a\0", "x" * 1001])
 def test_a_consumer_has_a_name(consumer: str) -> None:
     with pytest.raises(ValueError, match="needs the consumer's name"):
         InboxTable(consumer)

@@ -1,4 +1,7 @@
-"""``once`` with Django, and as an application of Django's the migration that makes its table."""
+"""``once`` with Django: the connection is named by its alias, as everywhere in Django.
+
+As an application of Django's (``"cdc_outbox.inbox.django"`` in INSTALLED_APPS) it brings the migration of the table.
+"""
 
 from collections.abc import Iterable
 from datetime import timedelta
@@ -6,8 +9,7 @@ from functools import partial
 
 from cdc_outbox.inbox import Message, NoMessageId, NoTransaction, OpenTransaction
 from cdc_outbox.inbox.table import InboxTable
-from cdc_outbox.transactions import run_each
-from cdc_outbox.transactions.django import run, run_alone
+from cdc_outbox.transactions import django, run_each
 
 __all__ = ["Inbox", "Message", "NoMessageId", "NoTransaction", "OpenTransaction"]
 
@@ -18,16 +20,16 @@ class Inbox(InboxTable):
     def once(self, message: Message, *, using: str = "default") -> bool:
         """Whether ``message`` is new to this consumer. Then act on it, in this transaction.
 
-        If another session has it right now, this waits for that one's end (READ COMMITTED), or ends with the driver's
-        serialization error (REPEATABLE READ, SERIALIZABLE): roll back and try again. Who swallows an error of the
-        handling and commits has lost the message. Raises NoTransaction, and what Django raises.
+        If another session has it right now, this waits for that one's end (READ COMMITTED), or ends with Django's
+        OperationalError (REPEATABLE READ, SERIALIZABLE): roll back and try again. Who swallows an error of the handling
+        and commits has lost the message. Raises NoTransaction, and what Django raises.
         """
         return bool(self.once_many([message], using=using))
 
     def once_many(self, messages: Iterable[Message], *, using: str = "default") -> list[Message]:
         """Those of ``messages`` that are new, in their order, with one statement. Else as ``once``."""
         given = list(messages)
-        return self.fresh(given, run(using, self.note, self.keys(given))) if given else []
+        return self._fresh(given, django.run(using, self._insert, self._keys(given))) if given else []
 
     def prune(self, older_than: timedelta, *, using: str = "default") -> int:
         """Forget what this consumer handled longer than ``older_than`` ago; returns how many rows were deleted.
@@ -36,4 +38,4 @@ class Inbox(InboxTable):
         new: keep ids for longer than anybody may replay or redrive. Partitions that hold nothing else are dropped,
         and not counted; that needs their ownership. Raises OpenTransaction, and what Django raises.
         """
-        return run_each(self.pruning(older_than), partial(run_alone, using))
+        return run_each(self._pruning(older_than), partial(django.run_alone, using))

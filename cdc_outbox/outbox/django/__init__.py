@@ -1,11 +1,14 @@
-"""``emit`` with Django: the connection is named by its alias, as everywhere in Django."""
+"""``emit`` with Django: the connection is named by its alias, as everywhere in Django.
+
+As an application of Django's (``"cdc_outbox.outbox.django"`` in INSTALLED_APPS) it brings the migration of the table.
+"""
 
 from collections.abc import Iterable
 from uuid import UUID
 
 from cdc_outbox.outbox import Event, EventRefused, NoTransaction
 from cdc_outbox.outbox.table import OutboxTable
-from cdc_outbox.transactions.django import run
+from cdc_outbox.transactions import django
 
 __all__ = ["Event", "EventRefused", "NoTransaction", "Outbox"]
 
@@ -19,7 +22,7 @@ class Outbox(OutboxTable):
 
     def emit_many(self, events: Iterable[Event], *, using: str = "default") -> list[UUID]:
         """Write all of them or, if one is refused, none; returns their ids. Raises as ``emit`` does."""
-        rows = self.rows(events)
-        for text in rows.texts:
-            run(using, self.statement, text)
-        return rows.ids
+        checked = self._check(events)
+        for rows in checked.texts:
+            django.run(using, self._insert, rows)
+        return checked.ids

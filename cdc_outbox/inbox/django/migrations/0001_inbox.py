@@ -1,9 +1,10 @@
-"""The plain table. For a partitioned one run ``tables.sql(partitioned=True)`` in a migration of your own instead."""
+"""The plain table. For a partitioned one run ``schema.sql(partitioned=True)`` in a migration of your own instead."""
 
 from django.db import migrations
 
-from cdc_outbox.inbox.tables import sql
+from cdc_outbox.inbox.schema import sql
+from cdc_outbox.transactions.django_migration import RunPostgresSQL
 
 
 class Migration(migrations.Migration):
-    operations = (migrations.RunSQL(sql(), "DROP TABLE IF EXISTS public.inbox"),)
+    operations = (RunPostgresSQL(sql()),)

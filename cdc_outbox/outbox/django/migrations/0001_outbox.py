@@ -2,8 +2,9 @@
 
 from django.db import migrations
 
-from cdc_outbox.outbox.tables import sql
+from cdc_outbox.outbox.schema import sql
+from cdc_outbox.transactions.django_migration import RunPostgresSQL
 
 
 class Migration(migrations.Migration):
-    operations = (migrations.RunSQL(sql(), "DROP TABLE IF EXISTS public.outbox"),)
+    operations = (RunPostgresSQL(sql()),)

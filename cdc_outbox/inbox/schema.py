@@ -1,5 +1,7 @@
 """The SQL that makes the inbox, for whoever runs it: `cdc-outbox migrate inbox`, Django's migrations, others' tools."""
 
+import re
+
 from cdc_outbox import shipped_sql
 from cdc_outbox.transactions import quoted_table
 
@@ -9,7 +11,9 @@ def sql(table: str = "public.inbox", *, partitioned: bool = False) -> str:
 
     Of a partitioned one, run it daily: it makes the coming days' partitions. Raises ValueError for what is no name.
     """
-    text = shipped_sql.read("inbox/partitioned.sql" if partitioned else "inbox/plain.sql")
     name = quoted_table(table)
+    if "$$" in name:
+        raise ValueError(f"{table!r} has two dollar signs in it, which end a block of SQL")
     literal = "'" + name.replace("'", "''") + "'"
-    return text.replace("'public.inbox'", literal).replace("public.inbox", name)
+    text = shipped_sql.read("inbox/partitioned.sql" if partitioned else "inbox/plain.sql")
+    return re.sub(r"('?)public\.inbox\1", lambda found: literal if found[1] else name, text)

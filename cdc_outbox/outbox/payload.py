@@ -1,0 +1,127 @@
+"""A payload as it will be stored: text for json, jsonb and text, bytes for bytea; refused where it cannot be."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from typing import Any, Final, Literal
+
+from cdc_outbox.outbox.event import HasModelDumpJson, Payload
+
+PayloadType = Literal["json", "jsonb", "text", "bytea"]
+
+#: The digits of the largest number that jsonb keeps; it writes all of them out.
+_JSONB_DIGITS: Final = 131_071
+
+
+class UnfitPayload(Exception):
+    """Why, without a word of what is in it."""
+
+
+def to_json(payload: Payload) -> str:
+    """As ``json.dumps`` does, without spaces, or as the object does. Raises TypeError, ValueError, RecursionError."""
+    if isinstance(payload, HasModelDumpJson):
+        return payload.model_dump_json()
+    return json.dumps(payload, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_plain)
+
+
+def stored_payload(payload: Payload, kind: PayloadType, serialize: Callable[[Any], str | bytes]) -> str | bytes | None:
+    """Bytes for a bytea, else text; None is a tombstone. Raises UnfitPayload."""
+    if payload is None:
+        return None
+    is_ours = serialize is to_json and not isinstance(payload, str | bytes | HasModelDumpJson)
+    made = payload if isinstance(payload, str | bytes) else _serialized(payload, serialize, is_ours=is_ours)
+    if kind == "bytea":
+        return _encoded(made)
+    text = _decoded(made)
+    if kind != "text" and not is_ours:
+        _check_json(text)
+    if "\0" in text:
+        raise UnfitPayload("it has a NUL in it, which only a bytea keeps")
+    return text
+
+
+def size_bytes(stored: str | bytes | None, kind: PayloadType) -> int:
+    """As Kafka gets it. jsonb writes it anew: with spaces, and every digit. Raises UnfitPayload."""
+    if stored is None:
+        return 0
+    if isinstance(stored, bytes):
+        return len(stored)
+    return _jsonb_bytes(stored) if kind == "jsonb" else len(stored.encode())
+
+
+def _serialized(payload: Any, serialize: Callable[[Any], str | bytes], *, is_ours: bool) -> str | bytes:
+    try:
+        made = serialize(payload)
+    except (TypeError, ValueError, RecursionError) as error:
+        # what another's serializer says may hold what it was given
+        what = f"{type(error).__name__}: {error}" if is_ours else f"serializing it ended with {type(error).__name__}"
+        raise UnfitPayload(what) from None
+    if not isinstance(made, str | bytes):
+        raise UnfitPayload(f"serialize returned {type(made).__name__}, neither text nor bytes")
+    return made
+
+
+def _plain(value: object) -> object:
+    """Of what json.dumps does not know: mappings and sequences of other kinds."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, Sequence):
+        return list(value)
+    raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
+
+
+def _encoded(made: str | bytes) -> bytes:
+    try:
+        return made.encode() if isinstance(made, str) else made
+    except UnicodeEncodeError as error:
+        raise UnfitPayload(f"it is no text: {error.reason}") from None
+
+
+def _decoded(made: str | bytes) -> str:
+    try:
+        text = made.decode() if isinstance(made, bytes) else made
+        text.encode()
+    except (UnicodeDecodeError, UnicodeEncodeError) as error:
+        raise UnfitPayload(f"it is no text in UTF-8: {error.reason}") from None
+    return text
+
+
+def _check_json(text: str) -> None:
+    """Numbers as text: one of 5,000 digits is JSON, too."""
+    try:
+        json.loads(text, parse_int=str, parse_float=str, parse_constant=_refuse_constant)
+    except json.JSONDecodeError as error:
+        raise UnfitPayload(f"it is no JSON: {error.msg} at character {error.pos}") from None
+    except RecursionError:
+        raise UnfitPayload("it is nested too deep") from None
+
+
+def _jsonb_bytes(text: str) -> int:
+    numbers: list[str] = []  # as jsonb writes them
+
+    def number(written: str) -> int:
+        numbers.append(_digits(written))
+        return 0
+
+    read = json.loads(text, parse_int=number, parse_float=number, parse_constant=_refuse_constant)
+    try:
+        rest = json.dumps(read, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise UnfitPayload("it has half a surrogate pair in it, which jsonb does not keep") from None
+    if b"\\u0000" in rest.replace(rb"\\", b""):  # without backslashes that are text themselves
+        raise UnfitPayload("it has a NUL in it, which jsonb does not keep")
+    return len(rest) + sum(len(digits) - 1 for digits in numbers)
+
+
+def _digits(number: str) -> str:
+    """As many as jsonb writes."""
+    if number.lstrip("-").isdigit():
+        return number
+    exponent = Decimal(number).adjusted()
+    if abs(exponent) > _JSONB_DIGITS:
+        raise UnfitPayload("it has a number in it that is out of jsonb's range")
+    return "0" * (abs(exponent) + len(number))
+
+
+def _refuse_constant(name: str) -> None:
+    raise UnfitPayload(f"it is no JSON: {name} is none")
