@@ -12,6 +12,7 @@ from rich.table import Table
 
 from benchmarks.drain import Drained
 from benchmarks.latency import Latency
+from benchmarks.libraries import Overhead
 from benchmarks.lives import Crash, Huge, Idle, Start
 
 US: Final = "cdc-outbox"
@@ -36,6 +37,8 @@ class Report:
     huge: list[Huge] = field(default_factory=list)
     idle: list[Idle] = field(default_factory=list)
     growth: list[Growth] = field(default_factory=list)
+    emit: list[Overhead] = field(default_factory=list)
+    inbox: list[Overhead] = field(default_factory=list)
     #: peers that could not run, and why
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -49,6 +52,8 @@ class Report:
             "huge": [asdict(it) for it in self.huge],
             "idle": [asdict(it) for it in self.idle],
             "growth": [{"what": it.what, "value": it.value, **it.drained.as_json()} for it in self.growth],
+            "emit": [asdict(it) for it in self.emit],
+            "inbox": [asdict(it) for it in self.inbox],
             "left_out": self.left_out,
         }
 
@@ -61,7 +66,7 @@ class Report:
     def show(self, console: Console) -> None:
         for scenario in self.drains:
             console.print(self._drain_table(scenario))
-        for name in ("latency", "start", "crash", "huge", "idle"):
+        for name in ("latency", "start", "crash", "huge", "idle", "emit", "inbox"):
             if rows := getattr(self, name):
                 console.print(_plain_table(name, [asdict(row) for row in rows]))
         if self.growth:
@@ -122,10 +127,14 @@ def _median_text(runs: Sequence[Drained], name: str, digits: int) -> str:
     return f"{statistics.median(values):,.{digits}f}" if values else ""
 
 
+def _plain_text(value: object) -> str:
+    return f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
 def _plain_table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
     table = Table(title=title)
     for name in rows[0]:
         table.add_column(name.replace("_", " "), justify="right")
     for row in rows:
-        table.add_row(*(f"{value:,.3f}" if isinstance(value, float) else f"{value:,}" for value in row.values()))
+        table.add_row(*map(_plain_text, row.values()))
     return table

@@ -4,14 +4,13 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias
 from uuid import UUID
 
 #: What ``json.dumps`` takes.
 Json: TypeAlias = Mapping[str, Any] | Sequence[Any] | str | int | float | bool | None
 
 
-@runtime_checkable
 class HasModelDumpJson(Protocol):
     """A Pydantic model, and whatever else says itself what its JSON is."""
 

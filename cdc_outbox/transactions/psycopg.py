@@ -5,7 +5,6 @@ from typing import Any
 from psycopg import AsyncConnection, AsyncCursor, Connection, Cursor
 from psycopg.pq import TransactionStatus
 from psycopg.rows import tuple_row
-from psycopg.sql import SQL
 
 from cdc_outbox.transactions import READ_COMMITTED, NoTransaction, OpenTransaction, Rows, Statement
 
@@ -27,7 +26,7 @@ def read(connection: Connection[Any], statement: Statement, parameter: str | Non
     """In a transaction or not."""
     # not connection.cursor(): the caller's cursor factory may read other placeholders
     with Cursor(connection, row_factory=tuple_row) as cursor:
-        cursor.execute(_text(statement), _parameters(parameter))
+        cursor.execute(_text(connection, statement), _parameters(parameter))
         return _decoded(cursor.fetchall()) if statement.returns else []
 
 
@@ -53,7 +52,7 @@ async def run_async(connection: AsyncConnection[Any], statement: Statement, para
 async def read_async(connection: AsyncConnection[Any], statement: Statement, parameter: str | None) -> Rows:
     """In a transaction or not."""
     async with AsyncCursor(connection, row_factory=tuple_row) as cursor:
-        await cursor.execute(_text(statement), _parameters(parameter))
+        await cursor.execute(_text(connection, statement), _parameters(parameter))
         return _decoded(await cursor.fetchall()) if statement.returns else []
 
 
@@ -65,9 +64,10 @@ async def run_alone_async(connection: AsyncConnection[Any], statement: Statement
         return await read_async(connection, statement, parameter)
 
 
-def _text(statement: Statement) -> SQL:
-    # SQL, which is encoded as the connection has it; its type means to keep out what is put together, as this is
-    return SQL(statement.text("%s", escape="%"))  # type: ignore[arg-type, unused-ignore]
+def _text(connection: Connection[Any] | AsyncConnection[Any], statement: Statement) -> bytes:
+    """As the connection has it; in a database in SQL_ASCII bytes are what one takes them for."""
+    encoding = connection.info.encoding
+    return statement.text("%s", escape="%").encode("utf-8" if encoding == "ascii" else encoding)
 
 
 def _parameters(parameter: str | None) -> list[str] | None:

@@ -33,7 +33,16 @@ def test_every_scenario_and_the_peers_that_need_no_java(postgres: str, kafka: st
     for scenario in ("drain-bulk", "drain-single", "drain-bulk-jsonb"):
         ran = {run["peer"] for run in report["drains"][scenario]} | set(report["left_out"])
         assert ran == {"cdc-outbox", "pg_recvlogical", "polling relay", "mq-bridge"}
-    for name, count in {"latency": 3, "start": 1, "crash": 1, "huge": 1, "idle": 1, "growth": 6}.items():
+    for name, count in {
+        "latency": 3,
+        "start": 1,
+        "crash": 1,
+        "huge": 1,
+        "idle": 1,
+        "growth": 6,
+        "emit": 2,
+        "inbox": 4,
+    }.items():
         assert len(report[name]) == count, name
     assert report["crash"][0]["lost"] == 0
     assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg"}

@@ -1,0 +1,119 @@
+"""The libraries for applications: what `emit` and `once` add to a transaction, beside the same loop without them.
+
+One connection, psycopg 3, the application's own statement in each transaction; with and without take turns, round by
+round, so that what the machine does meanwhile falls on both. No relay and no Kafka.
+"""
+
+import statistics
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import psycopg
+from psycopg import conninfo
+
+from benchmarks.arena import Arena
+from cdc_outbox.demo.scene import own_database
+from cdc_outbox.inbox import schema as inbox_schema
+from cdc_outbox.inbox.psycopg import Inbox, Message
+from cdc_outbox.outbox import schema as outbox_schema
+from cdc_outbox.outbox import uuid7
+from cdc_outbox.outbox.psycopg import Event, Outbox
+
+_ROUNDS: Final = 9
+_PAYLOAD: Final = {"amount": 620, "currency": "EUR", "text": "x" * 250}
+_CHANGE: Final = "INSERT INTO account (id, balance) VALUES (%s, 1)"
+
+Connection = psycopg.Connection[Any]
+#: Handles so many messages in one transaction.
+Work = Callable[[Connection, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Overhead:
+    """Medians, microseconds per message. What is added is the median of the rounds' own differences."""
+
+    what: str
+    messages_per_transaction: int
+    without_us: float
+    with_us: float
+    added_us: float
+
+
+def measure_emit(arena: Arena, messages: int) -> list[Overhead]:
+    outbox = Outbox()
+
+    def without(connection: Connection, count: int) -> None:
+        change(connection, count)
+
+    def emit(connection: Connection, count: int) -> None:
+        change(connection, count)
+        outbox.emit_many(connection, [Event("refund.made", str(uuid.uuid4()), _PAYLOAD) for _ in range(count)])
+
+    with _database(arena, outbox_schema.sql()) as connection:
+        return [_compare(connection, "emit", without, emit, per, messages) for per in (1, 100)]
+
+
+def measure_inbox(arena: Arena, messages: int) -> list[Overhead]:
+    inbox, now = Inbox("billing"), datetime.now(UTC)
+    handled = [Message(str(uuid7()), now) for _ in range(100)]
+
+    def without(connection: Connection, count: int) -> None:
+        change(connection, count)
+
+    def once(connection: Connection, count: int) -> None:
+        change(connection, len(inbox.once_many(connection, [Message(str(uuid7()), now) for _ in range(count)])))
+
+    def duplicate(connection: Connection, count: int) -> None:
+        change(connection, len(inbox.once_many(connection, handled[:count])))
+
+    with _database(arena, inbox_schema.sql()) as connection:
+        with connection.transaction():
+            inbox.once_many(connection, handled)
+        return [
+            _compare(connection, what, without, work, per, messages)
+            for what, work in (("once", once), ("once, a duplicate", duplicate))
+            for per in (1, 100)
+        ]
+
+
+def change(connection: Connection, count: int) -> None:
+    """The application's own."""
+    for _ in range(count):
+        connection.execute(_CHANGE, [uuid.uuid4()])
+
+
+@contextmanager
+def _database(arena: Arena, script: str) -> Iterator[Connection]:
+    name = f"libraries_{uuid.uuid4().hex[:8]}"
+    with own_database(arena.admin_dsn, name):
+        dsn = conninfo.make_conninfo(arena.admin_dsn, dbname=name)
+        with psycopg.connect(dsn, autocommit=True) as connection:
+            connection.execute(script.encode())
+            connection.execute("CREATE TABLE account (id uuid PRIMARY KEY, balance int)")
+            yield connection
+
+
+def _compare(connection: Connection, what: str, without: Work, with_it: Work, per: int, messages: int) -> Overhead:
+    rounds = [tuple(_us(connection, work, per, messages) for work in (without, with_it)) for _ in range(_ROUNDS + 1)]
+    return _overhead(what, per, rounds[1:])  # the first one warms up
+
+
+def _overhead(what: str, per: int, rounds: Sequence[tuple[float, ...]]) -> Overhead:
+    before, after = zip(*rounds, strict=True)
+    added = statistics.median(with_it - without for without, with_it in rounds)
+    return Overhead(what, per, statistics.median(before), statistics.median(after), added)
+
+
+def _us(connection: Connection, work: Work, per: int, messages: int) -> float:
+    """Per message."""
+    transactions = max(1, messages // per)
+    began = time.perf_counter()
+    for _ in range(transactions):
+        with connection.transaction():
+            work(connection, per)
+    return (time.perf_counter() - began) / (transactions * per) * 1e6
