@@ -1,0 +1,151 @@
+"""The examples, run as they stand: applications whose order becomes a record, consumers that ship each order once."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from confluent_kafka import Producer
+from psycopg import conninfo
+
+from cdc_outbox.demo.relay import RelayProcess
+from cdc_outbox.inbox import schema as inbox_schema
+from support.applications import url
+from support.waiting import wait_until
+from support.world import World, create_topic, read_topic
+
+TESTS = Path(__file__).parents[1]
+ORDERS = 20
+
+
+@pytest.fixture
+def shop(world: World, tmp_path: Path) -> Iterator[World]:
+    """A database with orders and shipments, and a relay."""
+    world.migrate()
+    world.db.execute("CREATE TABLE orders (id serial PRIMARY KEY, customer text NOT NULL, total int NOT NULL)")
+    world.db.execute("CREATE TABLE shipment (id serial PRIMARY KEY, order_id int NOT NULL)")
+    world.db.execute(inbox_schema.sql().encode())
+    create_topic(world.bootstrap_servers, topic(world))
+    settings = {"CDC_OUTBOX_HTTP__LISTEN": "127.0.0.1:0", "CDC_OUTBOX_KAFKA__TOPIC": f"{world.name}.{{aggregate_type}}"}
+    with RelayProcess({**world.environment, **settings}, tmp_path / "relay.log"):
+        yield world
+
+
+def topic(world: World) -> str:
+    return f"{world.name}.order"
+
+
+def environment(world: World) -> dict[str, str]:
+    parts = {name: str(value) for name, value in conninfo.conninfo_to_dict(world.dsn).items()}
+    return {
+        **os.environ,
+        "DATABASE_URL": url(world.dsn, "postgresql"),
+        "SQLALCHEMY_URL": url(world.dsn, "postgresql+asyncpg"),
+        "PGHOST": parts["host"],
+        "PGPORT": parts["port"],
+        "PGUSER": parts["user"],
+        "PGPASSWORD": parts.get("password", ""),
+        "PGDATABASE": parts["dbname"],
+        "KAFKA": world.bootstrap_servers,
+        "TOPIC": topic(world),
+    }
+
+
+def run(world: World, *command: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=TESTS,
+        env=environment(world),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+POST = """
+from fastapi.testclient import TestClient
+from examples.fastapi_sqlalchemy import app
+with TestClient(app) as client:
+    assert client.post("/orders", json={"customer": "Ada"}).status_code == 422
+    print(client.post("/orders", json={"customer": "Ada", "total": 620}).raise_for_status().json()["order"])
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("-m", "examples.plain_psycopg"),
+        ("-m", "examples.plain_asyncpg"),
+        ("-c", POST),
+        ("-m", "examples.django_orders"),
+    ],
+    ids=["psycopg", "asyncpg", "FastAPI and SQLAlchemy", "Django"],
+)
+def test_an_application_says_what_it_did(shop: World, command: tuple[str, ...]) -> None:
+    assert run(shop, *command).strip() == "1"
+    (record,) = read_topic(shop.bootstrap_servers, topic(shop), 1)
+    assert record.key() == b"1"
+    assert record.value() == b'{"order":1,"customer":"Ada","total":620}'
+    assert dict(record.headers() or [])["type"] == b"order.placed"
+    assert shop.db.execute("SELECT customer, total FROM orders").fetchall() == [("Ada", 620)]
+
+
+@contextmanager
+def consuming(world: World, module: str, log: Path) -> Iterator[None]:
+    with log.open("ab") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", f"examples.{module}"],
+            cwd=TESTS,
+            env=environment(world),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            yield
+            assert process.poll() is None, log.read_text()
+        finally:
+            process.terminate()
+            assert process.wait(20) == 0, log.read_text()
+
+
+@pytest.mark.parametrize("module", ["consumer_confluent", "consumer_aiokafka", "consumer_faststream"])
+def test_a_consumer_ships_each_order_once(shop: World, module: str, tmp_path: Path) -> None:
+    run(shop, "-c", PLACE)
+    records = read_topic(shop.bootstrap_servers, topic(shop), ORDERS)
+    with consuming(shop, module, tmp_path / "consumer.log"):
+        wait_until(lambda: shipped(shop) == ORDERS, "all are shipped")
+    producer = Producer({"bootstrap.servers": shop.bootstrap_servers})
+    for record in records:  # as a relay that crashed sends them again
+        producer.produce(
+            topic(shop),
+            record.value(),
+            record.key(),
+            record.partition() or 0,
+            timestamp=record.timestamp()[1],
+            headers=record.headers(),
+        )
+    producer.flush()
+    run(shop, "-c", PLACE)
+    with consuming(shop, module, tmp_path / "consumer.log"):
+        wait_until(lambda: shipped(shop) == 2 * ORDERS, "all are shipped")
+    each_once = shop.db.execute("SELECT order_id FROM shipment ORDER BY order_id").fetchall()
+    assert each_once == [(number,) for number in range(1, 2 * ORDERS + 1)]
+
+
+PLACE = f"""
+import os, psycopg
+from examples.plain_psycopg import place_order
+with psycopg.connect(os.environ["DATABASE_URL"], autocommit=True) as connection:
+    for number in range({ORDERS}):
+        place_order(connection, "Ada", number)
+"""
+
+
+def shipped(world: World) -> int:
+    return world.db.execute("SELECT FROM shipment").rowcount
