@@ -1,8 +1,8 @@
 """A consumer with FastStream and asyncpg: ships each order once.
 
 NACK_ON_ERROR: by default FastStream commits an offset before the handler runs (at most once), and with ACK after it
-even if it failed. max_workers=1 keeps the order of a partition. The relay compresses with lz4, which aiokafka reads with
-`pip install 'aiokafka[lz4]'`.
+even if it failed. max_workers=1 keeps the order of a partition. The relay compresses with lz4, which aiokafka reads
+with `pip install 'aiokafka[lz4]'`.
 """
 
 import asyncio

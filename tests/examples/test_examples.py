@@ -138,6 +138,33 @@ def test_a_consumer_ships_each_order_once(shop: World, module: str, tmp_path: Pa
     assert each_once == [(number,) for number in range(1, 2 * ORDERS + 1)]
 
 
+def snippets(heading: str) -> str:
+    """The Python under a heading of the README."""
+    section = (TESTS.parent / "README.md").read_text().partition(f"### {heading}\n")[2].partition("\n### ")[0]
+    return section.partition("```python\n")[2].partition("```")[0]
+
+
+def test_what_the_readme_says_can_be_pasted(shop: World, tmp_path: Path) -> None:
+    shop.db.execute("DROP TABLE orders, shipment")
+    settings = {
+        "CDC_OUTBOX_POSTGRES__DSN": shop.dsn,
+        "CDC_OUTBOX_KAFKA__BOOTSTRAP_SERVERS": shop.bootstrap_servers,
+        "CDC_OUTBOX_KAFKA__TOPIC": f"{shop.name}.{{aggregate_type}}",
+        "TOPIC": topic(shop),
+    }
+    consumer = subprocess.Popen([sys.executable, "-c", snippets("In your consumer")], env={**os.environ, **settings})
+    try:
+        for _ in range(3):
+            subprocess.run(
+                [sys.executable, "-c", snippets("In your application")], env={**os.environ, **settings}, check=True
+            )
+        wait_until(lambda: shipped(shop) == 3, "all are shipped")
+    finally:
+        consumer.terminate()
+        consumer.wait(20)
+    assert shop.db.execute("SELECT order_id FROM shipment ORDER BY 1").fetchall() == [(1,), (2,), (3,)]
+
+
 PLACE = f"""
 import os, psycopg
 from examples.plain_psycopg import place_order
@@ -148,4 +175,6 @@ with psycopg.connect(os.environ["DATABASE_URL"], autocommit=True) as connection:
 
 
 def shipped(world: World) -> int:
+    if world.db.execute("SELECT to_regclass('shipment')").fetchone() == (None,):
+        return 0
     return world.db.execute("SELECT FROM shipment").rowcount
