@@ -30,7 +30,7 @@ async def main() -> None:
     consumer = AIOKafkaConsumer(
         os.environ["TOPIC"],
         bootstrap_servers=os.environ["KAFKA"],
-        group_id="shipping",
+        group_id=os.environ.get("GROUP", "shipping"),
         auto_offset_reset="earliest",
         enable_auto_commit=False,
     )

@@ -27,7 +27,7 @@ def main() -> None:
     consumer = Consumer(
         {
             "bootstrap.servers": os.environ["KAFKA"],
-            "group.id": "shipping",
+            "group.id": os.environ.get("GROUP", "shipping"),
             "auto.offset.reset": "earliest",
             "enable.auto.commit": False,
         }

@@ -29,7 +29,7 @@ async def connect() -> None:
 
 @broker.subscriber(
     os.environ["TOPIC"],
-    group_id="shipping",
+    group_id=os.environ.get("GROUP", "shipping"),
     auto_offset_reset="earliest",
     ack_policy=AckPolicy.NACK_ON_ERROR,
     max_workers=1,

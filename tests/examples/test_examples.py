@@ -51,6 +51,7 @@ def environment(world: World) -> dict[str, str]:
         "PGDATABASE": parts["dbname"],
         "KAFKA": world.bootstrap_servers,
         "TOPIC": topic(world),
+        "GROUP": world.name,
     }
 
 
@@ -152,7 +153,9 @@ def test_what_the_readme_says_can_be_pasted(shop: World, tmp_path: Path) -> None
         "CDC_OUTBOX_KAFKA__TOPIC": f"{shop.name}.{{aggregate_type}}",
         "TOPIC": topic(shop),
     }
-    consumer = subprocess.Popen([sys.executable, "-c", snippets("In your consumer")], env={**os.environ, **settings})
+    # a group of its own: this one is ended without a word, and the others' would wait for it
+    code = snippets("In your consumer").replace('"group.id": "shipping"', f'"group.id": "{shop.name}"')
+    consumer = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **settings})
     try:
         for _ in range(3):
             subprocess.run(
