@@ -12,9 +12,8 @@ from typing import Any
 import psycopg
 from confluent_kafka import libversion
 
-from cdc_outbox.demo.kafka import KAFKA, EmbeddedKafka, fetch_kafka
-from cdc_outbox.demo.postgres import EmbeddedPostgres
-from cdc_outbox.demo.stack import running, server_folder
+from cdc_outbox.demo.kafka import KAFKA
+from cdc_outbox.demo.stack import servers
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,16 +49,13 @@ class Arena:
 @contextmanager
 def open_arena(postgres: str | None, kafka: str | None) -> Iterator[Arena]:
     """What is not given is started, and gone afterwards."""
-    with server_folder() as folder:
-        own_postgres = None if postgres else EmbeddedPostgres(folder / "postgres")
-        own_kafka = None if kafka else EmbeddedKafka(folder / "kafka", fetch_kafka())
-        with running(*(server for server in (own_postgres, own_kafka) if server)):
-            yield Arena(
-                admin_dsn=postgres or (own_postgres.dsn() if own_postgres else ""),
-                bootstrap_servers=kafka or (own_kafka.bootstrap_servers if own_kafka else ""),
-                broker_pid=own_kafka.pid if own_kafka else None,
-                programs=own_postgres.programs if own_postgres else None,
-            )
+    with servers(postgres, kafka) as started:
+        yield Arena(
+            admin_dsn=started.dsn,
+            bootstrap_servers=started.bootstrap_servers,
+            broker_pid=started.kafka.pid if started.kafka else None,
+            programs=started.postgres.programs if started.postgres else None,
+        )
 
 
 def _cpu_model() -> str:

@@ -23,12 +23,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn
 from rich.table import Table
 
 from cdc_outbox.demo.consumer import EFFECT_TABLE, ConsumerProcess
-from cdc_outbox.demo.kafka import KAFKA_SIZE_BYTES, DownloadProgress, EmbeddedKafka, fetch_kafka
+from cdc_outbox.demo.kafka import KAFKA_SIZE_BYTES, DownloadProgress, fetch_kafka
 from cdc_outbox.demo.ledger import Ledger, Verdict
-from cdc_outbox.demo.postgres import EmbeddedPostgres
 from cdc_outbox.demo.relay import RelayProcess
 from cdc_outbox.demo.scene import Scene, made_scene, own_database, own_topics, unique_name
-from cdc_outbox.demo.stack import running, server_folder
+from cdc_outbox.demo.stack import Servers, servers
 from cdc_outbox.demo.traffic import AGGREGATE_TYPE, Reader, Writer, make_account_table
 from cdc_outbox.errors import CheckFailed
 from cdc_outbox.inbox import schema
@@ -58,7 +57,8 @@ class Show:
         """
         with ExitStack() as stack:
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="cdc-outbox-demo-")))
-            dsn, bootstrap_servers = self._servers(stack)
+            started = self._servers(stack)
+            dsn, bootstrap_servers = started.dsn, started.bootstrap_servers
             name = unique_name("cdc_outbox_demo")
             settings = {"CDC_OUTBOX_KAFKA__TOPIC": f"{name}.{{aggregate_type}}"}
             scene = stack.enter_context(made_scene(dsn, bootstrap_servers, name, settings))
@@ -87,26 +87,17 @@ class Show:
             self._ledger.take_effects(rows)
             curtain(self._ledger.verdict(), scene, relay)
 
-    def _servers(self, stack: ExitStack) -> tuple[str, str]:
-        """DSN and bootstrap servers: those given, or of servers started now."""
-        dsn, bootstrap_servers = self._given_dsn, self._given_bootstrap_servers
-        folder = stack.enter_context(server_folder())
-        servers: list[EmbeddedPostgres | EmbeddedKafka] = []
-        if not bootstrap_servers:
+    def _servers(self, stack: ExitStack) -> Servers:
+        """Those given, or started now."""
+        if not self._given_bootstrap_servers:
             with _download_bars(self._console) as progress:
-                kafka = EmbeddedKafka(folder / "kafka", fetch_kafka(progress))
-            bootstrap_servers = kafka.bootstrap_servers
-            servers.append(kafka)
-        if not dsn:
-            postgres = EmbeddedPostgres(folder / "postgres")
-            dsn = postgres.dsn()
-            servers.append(postgres)
+                fetch_kafka(progress)
         with self._console.status("starting the servers"):
-            stack.enter_context(running(*servers))
-        for server in servers:
-            name = "PostgreSQL" if isinstance(server, EmbeddedPostgres) else "Apache Kafka"
-            self._console.print(f"[green]✓[/] {name} at 127.0.0.1:{server.port}")
-        return dsn, bootstrap_servers
+            started = stack.enter_context(servers(self._given_dsn, self._given_bootstrap_servers))
+        for name, server in (("PostgreSQL", started.postgres), ("Apache Kafka", started.kafka)):
+            if server:
+                self._console.print(f"[green]✓[/] {name} at 127.0.0.1:{server.port}")
+        return started
 
     def _run_traffic(self, cast: "_Cast", seconds: float) -> None:
         """Writers for ``seconds``, then whoever reads until it has seen all or time is up."""

@@ -2,16 +2,14 @@
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from cdc_outbox.demo.kafka import EmbeddedKafka, fetch_kafka
-from cdc_outbox.demo.postgres import EmbeddedPostgres
 from cdc_outbox.demo.relay import RelayProcess
 from cdc_outbox.demo.scene import made_scene, unique_name
-from cdc_outbox.demo.stack import running, server_folder
+from cdc_outbox.demo.stack import servers
 
 POSTGRES_ENV: Final = "TEST_POSTGRES_DSN"
 KAFKA_ENV: Final = "TEST_KAFKA_BOOTSTRAP_SERVERS"
@@ -32,20 +30,10 @@ def running_stack(settings: Mapping[str, str], folder: Path) -> Iterator[Stack]:
 
     Raises ConfigurationError if no server is to be had, CheckFailed if the relay does not start.
     """
-    with ExitStack() as stack:
-        dsn, bootstrap_servers = os.environ.get(POSTGRES_ENV), os.environ.get(KAFKA_ENV)
-        servers: list[EmbeddedPostgres | EmbeddedKafka] = []
-        server_files = stack.enter_context(server_folder())
-        if not bootstrap_servers:
-            kafka = EmbeddedKafka(server_files / "kafka", fetch_kafka())
-            bootstrap_servers = kafka.bootstrap_servers
-            servers.append(kafka)
-        if not dsn:
-            postgres = EmbeddedPostgres(server_files / "postgres")
-            dsn = postgres.dsn()
-            servers.append(postgres)
-        stack.enter_context(running(*servers))
-        scene = stack.enter_context(made_scene(dsn, bootstrap_servers, unique_name("cdc_outbox_test"), settings))
-        relay = stack.enter_context(RelayProcess(scene.environment, folder / "relay.log"))
+    with (
+        servers(os.environ.get(POSTGRES_ENV), os.environ.get(KAFKA_ENV)) as started,
+        made_scene(started.dsn, started.bootstrap_servers, unique_name("cdc_outbox_test"), settings) as scene,
+        RelayProcess(scene.environment, folder / "relay.log") as relay,
+    ):
         relay.wait_until_ready()
-        yield Stack(scene.dsn, bootstrap_servers, relay.address)
+        yield Stack(scene.dsn, scene.bootstrap_servers, relay.address)
