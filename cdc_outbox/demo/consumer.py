@@ -13,7 +13,7 @@ from types import FrameType
 from typing import Final
 
 import psycopg
-from confluent_kafka import Consumer
+from confluent_kafka import Consumer, TopicPartition
 
 from cdc_outbox.demo.process import ChildProcess
 from cdc_outbox.inbox.psycopg import Inbox, Message
@@ -42,13 +42,15 @@ def main() -> None:
         {
             "bootstrap.servers": os.environ["DEMO_BOOTSTRAP_SERVERS"],
             "group.id": os.environ["DEMO_GROUP"],
-            "group.instance.id": "the-only-one",  # started anew after a kill it goes on at once
             "auto.offset.reset": "earliest",
             "enable.auto.commit": False,
             "log_level": 0,
         }
     )
-    consumer.subscribe([os.environ["DEMO_TOPIC"]])
+    # Not subscribed: it is the only one, and nobody has to notice first that it was killed.
+    topic = os.environ["DEMO_TOPIC"]
+    partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
+    consumer.assign([TopicPartition(topic, number) for number in partitions])
     inbox = Inbox("the demo's consumer")
     stopping = False
 

@@ -3,9 +3,10 @@
 import traceback
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 
+from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from psycopg import conninfo, sql
 
@@ -84,3 +85,14 @@ def own_topics(bootstrap_servers: str, prefix: str) -> Iterator[None]:
         topics = [topic for topic in admin.list_topics(timeout=10).topics if topic.startswith(prefix)]
         for deleted in admin.delete_topics(topics).values() if topics else ():
             deleted.result()
+
+
+@contextmanager
+def own_group(bootstrap_servers: str, name: str) -> Iterator[None]:
+    """In the end what a consumer group has committed is forgotten."""
+    try:
+        yield
+    finally:
+        admin = AdminClient({"bootstrap.servers": bootstrap_servers, "log_level": 0})
+        with suppress(KafkaException):  # it has committed nothing yet
+            admin.delete_consumer_groups([name])[name].result()

@@ -26,7 +26,7 @@ from cdc_outbox.demo.consumer import EFFECT_TABLE, ConsumerProcess
 from cdc_outbox.demo.kafka import KAFKA_SIZE_BYTES, DownloadProgress, fetch_kafka
 from cdc_outbox.demo.ledger import Ledger, Verdict
 from cdc_outbox.demo.relay import RelayProcess
-from cdc_outbox.demo.scene import Scene, made_scene, own_database, own_topics, unique_name
+from cdc_outbox.demo.scene import Scene, made_scene, own_database, own_group, own_topics, unique_name
 from cdc_outbox.demo.stack import Servers, servers
 from cdc_outbox.demo.traffic import AGGREGATE_TYPE, Reader, Writer, make_account_table
 from cdc_outbox.errors import CheckFailed
@@ -64,6 +64,7 @@ class Show:
             scene = stack.enter_context(made_scene(dsn, bootstrap_servers, name, settings))
             consumer_dsn = stack.enter_context(_consumers_database(dsn, f"{name}_consumer"))
             stack.enter_context(own_topics(bootstrap_servers, f"{name}."))
+            stack.enter_context(own_group(bootstrap_servers, name))
             topic = _make_topic(scene)
             make_account_table(scene.dsn)
             relay = stack.enter_context(RelayProcess(scene.environment, folder / "relay.log"))
