@@ -67,9 +67,10 @@ def sql(settings: Settings, *, failover: bool) -> None:
 
 @command.group()
 def inbox() -> None:
-    """Install the table that consumers keep the ids of handled messages in, in the consumers' database.
+    """Install the table of a consumer's inbox.
 
-    That is the one that postgres.dsn names. It needs nothing of the relay's, and no Kafka.
+    It goes into the consumer's database, the one with the effects: postgres.dsn names it. It needs nothing of the
+    relay's, and no Kafka.
     """
 
 
@@ -82,7 +83,7 @@ _partitioned = click.option("--partitioned", is_flag=True, help="By commit time.
 @_partitioned
 @click.pass_obj
 def inbox_up(settings: Settings, *, table: str, partitioned: bool) -> None:
-    """Make the table, and of a partitioned one the partitions of the coming days. Safe to run again."""
+    """Make the table and its partitions, if any. Safe to run again."""
     _inbox_sql(table, partitioned=partitioned)  # before a database is looked for
     steps: list[str] = []
     with _connection(settings.config) as connection:
