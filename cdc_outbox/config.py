@@ -28,8 +28,16 @@ from cdc_outbox.errors import ConfigurationError
 
 ENV_PREFIX: Final = "CDC_OUTBOX_"
 DEFAULT_FILE: Final = Path("cdc-outbox.toml")
-#: Variables with our prefix that are not keys: the command line reads them.
-_OTHER_VARIABLES: Final = frozenset({"CDC_OUTBOX_CONFIG", "CDC_OUTBOX_LOG_FORMAT", "CDC_OUTBOX_LOG_LEVEL"})
+#: Variables with our prefix that are not keys: the command line reads them, and the pytest plugin.
+_OTHER_VARIABLES: Final = frozenset(
+    {
+        "CDC_OUTBOX_CONFIG",
+        "CDC_OUTBOX_LOG_FORMAT",
+        "CDC_OUTBOX_LOG_LEVEL",
+        "CDC_OUTBOX_TEST_POSTGRES_DSN",
+        "CDC_OUTBOX_TEST_KAFKA_BOOTSTRAP_SERVERS",
+    }
+)
 #: What Kubernetes, and Docker's links, inject beside a service whose name begins as ours; a port has a value like tcp://.
 _INJECTED: Final = re.compile(
     rf"{ENV_PREFIX[:-1]}(_\w+)?_(SERVICE_HOST|SERVICE_PORT(_\w+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)"

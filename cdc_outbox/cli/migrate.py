@@ -1,4 +1,4 @@
-"""`cdc-outbox migrate up|status|sql`: installs sql/, then publication and slot."""
+"""`cdc-outbox migrate up|status|sql`: installs sql/, then publication and slot; `migrate inbox`: a consumer's table."""
 
 import click
 import orjson

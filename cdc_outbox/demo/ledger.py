@@ -21,6 +21,8 @@ class Verdict:
     lost: int
     phantom: int
     out_of_order: int
+    kills: int
+    """Of relay and consumer, on the way."""
     duplicates: int
     """Of deliveries: a crash resends what was in flight."""
     effects: int
@@ -54,6 +56,7 @@ class Ledger:
     #: per aggregate the ids in the order in which they were first seen
     seen: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     duplicates: int = 0
+    kills: int = 0
     #: per aggregate the ids in the order in which the consumer acted on them
     effects: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     #: of the latest events, just before INSERT until seen by the consumer
@@ -99,6 +102,7 @@ class Ledger:
             lost=len(committed_ids - self._seen_ids),
             phantom=len(self._seen_ids - committed_ids),
             out_of_order=sum(self._out_of_order(aggregate, ids) for aggregate, ids in self.seen.items()),
+            kills=self.kills,
             duplicates=self.duplicates,
             effects=acted_on.total(),
             effects_missing=len(committed_ids - acted_on.keys()),

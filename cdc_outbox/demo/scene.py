@@ -10,7 +10,6 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from psycopg import conninfo, sql
 
-from cdc_outbox.inbox import schema
 from cdc_outbox.postgres import migrations
 from cdc_outbox.postgres.connection import connect
 
@@ -44,13 +43,12 @@ def unique_name(prefix: str) -> str:
 
 @contextmanager
 def made_scene(dsn: str, bootstrap_servers: str, name: str, settings: Mapping[str, str]) -> Iterator[Scene]:
-    """With outbox and inbox in its database. All of it is gone afterwards."""
+    """With an outbox in its database, which is gone afterwards; topics are not its business."""
     scene = Scene(name, conninfo.make_conninfo(dsn, dbname=name), bootstrap_servers, settings)
     with own_database(dsn, name):
         with connect(scene.dsn) as connection:
             target = migrations.Target("public.outbox", "cdc_outbox", name)
             migrations.up(connection, target, failover=False, report=lambda _: None)
-            connection.execute(schema.sql().encode())
         yield scene
 
 

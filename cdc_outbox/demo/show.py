@@ -7,12 +7,13 @@ relay and consumer are killed and started anew, each once, unless a calm show is
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Final
 
+from confluent_kafka import Consumer, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 from psycopg import conninfo
@@ -82,8 +83,9 @@ class Show:
                 connect(scene.dsn) as source,
                 connect(consumer_dsn) as effects,
                 Reader(bootstrap_servers, topic, self._ledger),
+                closing(_offsets_of(bootstrap_servers, name)) as offsets,
             ):
-                self._run_traffic(_Cast(scene, relay, consumer, source, effects), seconds)
+                self._run_traffic(_Cast(scene, relay, consumer, source, effects, offsets, topic), seconds)
                 rows = effects.execute("SELECT aggregate_id, event_id FROM effect ORDER BY place").fetchall()
             self._ledger.take_effects(rows)
             curtain(self._ledger.verdict(), scene, relay)
@@ -117,16 +119,18 @@ class Show:
             with ExitStack() as writers:
                 for number in range(_WRITERS):
                     writers.enter_context(Writer(number, cast.scene.dsn, AGGREGATE_TYPE, self._ledger))
-                while time.monotonic() < started + seconds:
+                while deaths or time.monotonic() < started + seconds:
                     if deaths and time.monotonic() >= started + deaths[0][2]:
                         name, process, _ = deaths.popleft()
                         process.kill()
                         process.start()
+                        self._ledger.kills += 1
                         live.console.print(f"[yellow]✗[/] {name} killed with SIGKILL, and started anew")
                     watch("writing")
             deadline = time.monotonic() + _CATCH_UP_SECONDS
             while time.monotonic() < deadline and not (
                 self._ledger.delivered_count >= self._ledger.committed_count <= cast.effect_count()
+                and cast.records_unread() == 0  # copies come last, and must have no effect
             ):
                 watch("catching up")
             watch("done")
@@ -141,6 +145,9 @@ class _Cast:
     consumer: ConsumerProcess
     source: Connection
     effects: Connection
+    offsets: Consumer
+    """Of the consumer's group; reads nothing."""
+    topic: str
 
     def check(self) -> None:
         """Raises CheckFailed if one of them has left."""
@@ -151,6 +158,15 @@ class _Cast:
     def effect_count(self) -> int:
         ((count,),) = self.effects.execute("SELECT count(*) FROM effect").fetchall()
         return int(count)
+
+    def records_unread(self) -> int:
+        """By what the consumer has committed."""
+        partitions = [TopicPartition(self.topic, number) for number in range(_PARTITIONS)]
+        unread = 0
+        for committed in self.offsets.committed(partitions, timeout=5):
+            first, end = self.offsets.get_watermark_offsets(committed, timeout=5)
+            unread += end - max(first, committed.offset)
+        return unread
 
     def lag_bytes(self) -> int:
         slot = find_slot(self.source, self.scene.name)
@@ -166,6 +182,10 @@ def _consumers_database(dsn: str, name: str) -> Iterator[str]:
             connection.execute(schema.sql().encode())
             connection.execute(EFFECT_TABLE)
         yield own_dsn
+
+
+def _offsets_of(bootstrap_servers: str, group: str) -> Consumer:
+    return Consumer({"bootstrap.servers": bootstrap_servers, "group.id": group, "log_level": 0})
 
 
 def _make_topic(scene: Scene) -> str:

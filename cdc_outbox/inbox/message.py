@@ -12,8 +12,9 @@ from typing import Any, Final, Protocol, Self, TypeAlias
 #: confluent_kafka.TIMESTAMP_CREATE_TIME, and aiokafka's.
 _CREATE_TIME_CONFLUENT: Final = 1
 _CREATE_TIME_AIOKAFKA: Final = 0
-#: An index of PostgreSQL's takes some more.
-_LONGEST_BYTES: Final = 1_000
+#: With the consumer's name they must fit into PostgreSQL's index, which takes 2,704 bytes.
+_LONGEST_ID_BYTES: Final = 1_000
+_LONGEST_SOURCE_BYTES: Final = 500
 
 Headers: TypeAlias = Mapping[str, Any] | Iterable[tuple[str, Any]]
 
@@ -85,13 +86,10 @@ class Message:
     headers: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name, value in (("id", self.id), ("source", self.source)):
-            try:
-                size_bytes = len(value.encode())
-            except UnicodeEncodeError:
-                raise NoMessageId(f"the message's {name} is no text") from None
-            if "\0" in value or size_bytes > _LONGEST_BYTES:
-                raise NoMessageId(f"the message's {name} has a NUL in it, or more than {_LONGEST_BYTES} bytes")
+        limits = (("id", self.id, _LONGEST_ID_BYTES), ("source", self.source, _LONGEST_SOURCE_BYTES))
+        for name, value, longest in limits:
+            if not is_storable(value, longest_bytes=longest):
+                raise NoMessageId(f"the message's {name} has a NUL in it, is no text, or has over {longest} bytes")
         if not self.id:
             raise NoMessageId("the message's id is empty")
         if self.committed_at and self.committed_at.tzinfo is None:
@@ -135,16 +133,17 @@ class Message:
         if message.error() is not None:
             raise ValueError(f"not a message, but an error: {message.error()}")
         kind, timestamp_ms = message.timestamp()
-        committed_at = datetime.fromtimestamp(timestamp_ms / 1000, UTC) if kind == _CREATE_TIME_CONFLUENT else None
+        is_create_time = kind == _CREATE_TIME_CONFLUENT
         place = f"{message.topic()}[{message.partition()}]@{message.offset()}"
+        committed_at = _time(timestamp_ms, place) if is_create_time else None
         return cls._of_record(message.headers(), message.key(), message.value(), committed_at, source, place)
 
     @classmethod
     def from_aiokafka(cls, record: AiokafkaRecord, *, source: str = "") -> Self:
         """Raises NoMessageId."""
         is_create_time = record.timestamp_type == _CREATE_TIME_AIOKAFKA
-        committed_at = datetime.fromtimestamp(record.timestamp / 1000, UTC) if is_create_time else None
         place = f"{record.topic}[{record.partition}]@{record.offset}"
+        committed_at = _time(record.timestamp, place) if is_create_time else None
         return cls._of_record(record.headers, record.key, record.value, committed_at, source, place)
 
     @classmethod
@@ -164,6 +163,21 @@ class Message:
             return cls.from_headers(headers or (), key=key, value=value, committed_at=committed_at, source=source)
         except NoMessageId as error:
             raise NoMessageId(f"message {place}: {error}") from None
+
+
+def is_storable(text: str, *, longest_bytes: int) -> bool:
+    """Whether PostgreSQL keeps it in an index."""
+    try:
+        return "\0" not in text and len(text.encode()) <= longest_bytes
+    except UnicodeEncodeError:  # half a surrogate pair
+        return False
+
+
+def _time(timestamp_ms: int, place: str) -> datetime:
+    try:
+        return datetime.fromtimestamp(timestamp_ms / 1000, UTC)
+    except (ValueError, OverflowError, OSError):
+        raise ValueError(f"message {place}: its timestamp {timestamp_ms} is no time in milliseconds") from None
 
 
 def _id(content: str | bytes) -> str:

@@ -19,8 +19,8 @@ class InboxOf(InboxTable, Generic[C]):
         """Whether ``message`` is new to this consumer. Then act on it, in this transaction.
 
         If another session has it right now, this waits for that one's end (READ COMMITTED), or ends with the driver's
-        serialization error (REPEATABLE READ, SERIALIZABLE): roll back and try again. Who swallows an error of the
-        handling and commits has lost the message. Raises NoTransaction, and what the driver raises.
+        serialization error (REPEATABLE READ, SERIALIZABLE): roll back and try again. If you catch an error of the
+        handling and commit anyway, the message is lost. Raises NoTransaction, and what the driver raises.
         """
         return bool(self.once_many(connection, [message]))
 
@@ -32,9 +32,10 @@ class InboxOf(InboxTable, Generic[C]):
     def prune(self, connection: C, older_than: timedelta) -> int:
         """Forget what this consumer handled longer than ``older_than`` ago; returns how many rows were deleted.
 
-        Works in many short transactions of its own, and blocks no consumer. A message that comes again afterwards is
-        new: keep ids for longer than anybody may replay or redrive. Partitions that hold nothing else are dropped,
-        and not counted; that needs their ownership. Raises OpenTransaction, and what the driver raises.
+        Works in many short transactions of its own; a consumer waits for it a tenth of a second at most. A message that
+        comes again afterwards is new: keep ids for longer than anybody may replay or redrive. Partitions that hold
+        nothing else are dropped, and not counted; that needs their ownership. Raises OpenTransaction; NoTransaction for
+        a connection of SQLAlchemy or a DB-API driver in autocommit mode; and what the driver raises.
         """
         return run_each(self._pruning(older_than), partial(self._run_alone, connection))
 
@@ -49,9 +50,9 @@ class AsyncInboxOf(InboxTable, Generic[C]):
     """Tells which messages are new, in the caller's transaction. Has no connection and no state: make one, keep it."""
 
     async def once(self, connection: C, message: Message) -> bool:
-        """Whether ``message`` is new to this consumer; see ``InboxOf.once``. Forget no ``await``: a coroutine is true.
+        """Whether ``message`` is new to this consumer; see ``InboxOf.once``.
 
-        mypy finds that with ``enable_error_code = ["truthy-bool"]``.
+        Do not forget ``await``: a coroutine is true. mypy finds that with ``enable_error_code = ["truthy-bool"]``.
         """
         return bool(await self.once_many(connection, [message]))
 

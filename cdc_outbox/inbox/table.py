@@ -9,14 +9,12 @@ from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Final
 
-from cdc_outbox.inbox.message import Message
+from cdc_outbox.inbox.message import Message, is_storable
 from cdc_outbox.transactions import Rows, Statement, Steps, quoted_table
 
 #: 8 kB each: some thousands of rows in a transaction, a fraction of a second.
 _BLOCKS_AT_A_TIME: Final = 64
-#: Dropping a partition asks for a lock that busy consumers rarely leave free.
-_DROP_ATTEMPTS: Final = 3
-_LONGEST_CONSUMER_BYTES: Final = 1_000
+_LONGEST_CONSUMER_BYTES: Final = 500
 
 
 class InboxTable:
@@ -29,7 +27,7 @@ class InboxTable:
     """
 
     def __init__(self, consumer: str, *, table: str = "public.inbox") -> None:
-        if not consumer or "\0" in consumer or len(consumer.encode(errors="surrogatepass")) > _LONGEST_CONSUMER_BYTES:
+        if not is_storable(consumer, longest_bytes=_LONGEST_CONSUMER_BYTES) or not consumer:
             raise ValueError("an inbox needs the consumer's name, the same in every process that does the same work")
         self._consumer = consumer
         self._table = quoted_table(table)
@@ -55,9 +53,8 @@ class InboxTable:
         if older_than < timedelta():
             raise ValueError(f"older_than is {older_than}: nothing was processed in the future")
         age = {"consumer": self._consumer, "seconds": older_than.total_seconds()}
-        for _ in range(_DROP_ATTEMPTS):
-            for (partition,) in (yield _find_past_partitions(self._table), json.dumps(age, ensure_ascii=False)) or []:
-                yield _drop(partition, self._consumer, older_than.total_seconds()), None
+        for (partition,) in (yield _find_past_partitions(self._table), json.dumps(age, ensure_ascii=False)) or []:
+            yield _drop(partition, self._consumer, older_than.total_seconds()), None
         places = yield _find_old(self._table), json.dumps(age, ensure_ascii=False)
         deleted = 0
         for table, block in places or []:
@@ -108,7 +105,7 @@ def _find_past_partitions(table: str) -> Statement:
     return Statement(
         _AGE[0],
         f"""{_AGE[1]}
-        SELECT format('%I.%I', nspname, relname)
+        SELECT quote_ident(nspname) || '.' || quote_ident(relname)
           FROM pg_inherits JOIN pg_class AS part ON part.oid = inhrelid
           JOIN pg_namespace AS n ON n.oid = relnamespace
          WHERE inhparent = CAST('{table.replace("'", "''")}' AS regclass) AND relkind = 'r' AND NOT inhdetachpending
@@ -121,21 +118,23 @@ def _find_past_partitions(table: str) -> Statement:
 
 
 def _drop(partition: str, consumer: str, seconds: float) -> Statement:
-    """Drops it if it holds nothing but old rows of this consumer, and nobody is in the way: else another time.
+    """Drops it if it holds nothing but old rows of this consumer, and locks are free soon. Else its rows are deleted.
 
-    Whoever inserts waits for us no longer than we for them. The second look is at what nobody can change any more.
+    What came after the first look was processed just now. So the second one, at what nobody can change any more, looks
+    for fresh rows only, which the index on processed_at finds at once.
     """
     name = f"convert_from(decode('{consumer.encode().hex()}', 'hex'), 'UTF8')"
-    kept = f"processed_at >= now() - make_interval(secs => {seconds}) OR consumer <> {name}"
+    is_fresh = f"processed_at >= now() - make_interval(secs => {seconds})"
     tag = "$drop$"
     while tag in partition:
         tag = f"$_{tag[1:]}"
     return Statement(
         f"""DO {tag} BEGIN
-            IF EXISTS (SELECT FROM ONLY {partition} WHERE {kept}) THEN RETURN; END IF;
+            IF EXISTS (SELECT FROM ONLY {partition} WHERE {is_fresh} OR consumer <> {name}) THEN RETURN; END IF;
+            SET LOCAL enable_seqscan = off;
             SET LOCAL lock_timeout = '80ms';
             LOCK TABLE ONLY {partition} IN SHARE ROW EXCLUSIVE MODE;
-            IF NOT EXISTS (SELECT FROM ONLY {partition} WHERE {kept}) THEN DROP TABLE {partition}; END IF;
+            IF NOT EXISTS (SELECT FROM ONLY {partition} WHERE {is_fresh}) THEN DROP TABLE {partition}; END IF;
         EXCEPTION WHEN lock_not_available OR deadlock_detected OR undefined_table THEN NULL;
         END {tag}"""
     )
@@ -151,7 +150,7 @@ def _find_old(table: str) -> Statement:
                        * {_BLOCKS_AT_A_TIME} AS block
               FROM {table} AS event WHERE {_IS_OLD}
         )
-        SELECT format('%I.%I', nspname, relname), block
+        SELECT quote_ident(nspname) || '.' || quote_ident(relname), block
           FROM place JOIN pg_class ON pg_class.oid = heap JOIN pg_namespace AS n ON n.oid = relnamespace
          ORDER BY heap, block""",
         returns=True,

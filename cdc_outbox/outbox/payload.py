@@ -2,15 +2,16 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, Final, Literal
 
 from cdc_outbox.outbox.event import Payload
 
 PayloadType = Literal["json", "jsonb", "text", "bytea"]
 
-#: The digits of the largest number that jsonb keeps; it writes all of them out.
-_JSONB_DIGITS: Final = 131_071
+#: The digits that jsonb keeps of a number, before the point and behind it; it writes all of them out.
+_JSONB_DIGITS: Final = 131_072
+_JSONB_SCALE: Final = 16_383
 
 
 class UnfitPayload(Exception):
@@ -34,6 +35,8 @@ def stored_payload(payload: Payload, kind: PayloadType, serialize: Callable[[Any
     """Bytes for a bytea, else text; None is a tombstone. Raises UnfitPayload."""
     if payload is None:
         return None
+    if isinstance(payload, bytearray | memoryview):  # as drivers give a bytea
+        payload = bytes(payload)
     is_ours = serialize is to_json and not isinstance(payload, str | bytes) and _dump_of(payload) is None
     made = payload if isinstance(payload, str | bytes) else _serialized(payload, serialize, is_ours=is_ours)
     if kind == "bytea":
@@ -71,7 +74,7 @@ def _plain(value: object) -> object:
     """Of what json.dumps does not know: mappings and sequences of other kinds."""
     if isinstance(value, Mapping):
         return dict(value)
-    if isinstance(value, Sequence):
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray | memoryview):
         return list(value)
     raise TypeError(f"Object of type {type(value).__name__} is not JSON serializable")
 
@@ -120,13 +123,15 @@ def _jsonb_bytes(text: str) -> int:
 
 
 def _digits(number: str) -> str:
-    """As many as jsonb writes."""
-    if number.lstrip("-").isdigit():
-        return number
-    exponent = Decimal(number).adjusted()
-    if abs(exponent) > _JSONB_DIGITS:
+    """As many as jsonb writes: all before the point, and all behind it."""
+    try:
+        sign, digits, exponent = Decimal(number).as_tuple()
+    except InvalidOperation:
+        sign, digits, exponent = 0, (), "F"
+    if not isinstance(exponent, int) or len(digits) + exponent > _JSONB_DIGITS or -exponent > _JSONB_SCALE:
         raise UnfitPayload("it has a number in it that is out of jsonb's range")
-    return "0" * (abs(exponent) + len(number))
+    behind = 1 - exponent if exponent < 0 else 0  # with the point
+    return "0" * (sign + max(len(digits) + exponent, 1) + behind)
 
 
 def _refuse_constant(name: str) -> None:

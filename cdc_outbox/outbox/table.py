@@ -30,8 +30,10 @@ class EventRefused(ValueError):
     """The relay could never publish this event. Nothing was written. The payload is not in the message."""
 
     def __init__(self, event: Event, what: str, hint: str) -> None:
-        event_type = event.event_type[:100] if isinstance(event.event_type, str) else event.event_type
-        super().__init__(f"event {event.id} of type {event_type!r}: {what}; {hint}")
+        # anything may have slipped into these, a payload too
+        event_id = event.id if isinstance(event.id, UUID) else "without an id"
+        event_type = f"of type {event.event_type[:100]!r}" if isinstance(event.event_type, str) else "without a type"
+        super().__init__(f"event {event_id} {event_type}: {what}; {hint}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +146,16 @@ class OutboxTable:
     def read_emitted(self) -> Statement:
         """For tests: what is there, as text: id, type, aggregate's id and type, payload, headers."""
         fields = ("id", "event_type", "aggregate_id", "aggregate_type", "payload", "headers")
-        columns = [self._columns[field] for field in fields]
-        selected = ", ".join(f"CAST({quoted(column) if column else 'NULL'} AS text)" for column in columns)
+        columns = [quoted(column) if (column := self._columns[field]) else "NULL" for field in fields]
+        if self._payload_type == "bytea":
+            columns[fields.index("payload")] = f"encode({quoted(self._columns['payload'] or '')}, 'hex')"
+        selected = ", ".join(f"CAST({column} AS text)" for column in columns)
         return Statement(f"SELECT {selected} FROM {self.name} ORDER BY 1", returns=True)
 
     def parse_payload(self, stored: str) -> Any:
         """For tests: a payload of ``read_emitted`` as Kafka gets it, or parsed if it is JSON."""
         if self._payload_type == "bytea":
-            return bytes.fromhex(stored.removeprefix("\\x"))
+            return bytes.fromhex(stored)
         return stored if self._payload_type == "text" else json.loads(stored)
 
 
@@ -161,7 +165,7 @@ def _refuse(event: Event, what: str, hint: str) -> NoReturn:
 
 def _check_fields(event: Event) -> None:
     if not isinstance(event.id, UUID):
-        _refuse(event, "its id is no UUID", "leave it out: it is then made")
+        _refuse(event, "id is not a UUID", "leave it out: it is then made")
     for name in ("event_type", "aggregate_id", "aggregate_type"):
         value = getattr(event, name)
         if not isinstance(value, str):
@@ -176,10 +180,11 @@ def _check_fields(event: Event) -> None:
 
 def _check_headers(event: Event) -> None:
     if not isinstance(event.headers, Mapping):
-        _refuse(event, f"its headers are {type(event.headers).__name__}, no mapping", "names to values")
+        _refuse(event, f"headers must be a mapping, not {type(event.headers).__name__}", "names to values")
     for name, value in event.headers.items():
         if not isinstance(name, str) or not isinstance(value, str):
-            _refuse(event, f"header {name!r} is {type(value).__name__}, not str", "headers are text")
+            shown = repr(name[:100]) if isinstance(name, str) else f"with a name of type {type(name).__name__}"
+            _refuse(event, f"header {shown} is {type(value).__name__}, not str", "headers are text")
         _check_text(event, "a header's name", name)
         _check_text(event, f"header {name[:100]!r}", value)
         if _RESERVED_HEADERS.fullmatch(name):
@@ -198,7 +203,7 @@ def _check_text(event: Event, name: str, value: str) -> None:
 def _trace_context(event: Event) -> dict[str, str]:
     """Of the span that is current; nothing where OpenTelemetry was not imported, or the event brings its own."""
     carrier: dict[str, str] = {}
-    if "opentelemetry" in sys.modules and "traceparent" not in event.headers:
+    if "opentelemetry.trace" in sys.modules and "traceparent" not in event.headers:
         from opentelemetry import propagate
 
         propagate.inject(carrier)

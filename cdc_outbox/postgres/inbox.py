@@ -15,7 +15,7 @@ def up(connection: Connection, table: str, *, partitioned: bool, report: Callabl
     """Make what is missing; idempotent. Raises OperatorNeeded, ValueError if ``table`` is no name."""
     name = quoted_table(table)
     with translated(f"making table {name}"), connection.transaction():
-        connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [f"cdc-outbox inbox {name}"])
+        connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [name])  # as the script does
         before = _relations(connection, name)
         if before:
             _check(connection, name, partitioned=partitioned)

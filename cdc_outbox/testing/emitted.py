@@ -106,6 +106,10 @@ def assert_emitted(
     """
     table = outbox or OutboxTable()
     module = _module(connection)
+    if any(ancestor.__name__.lower().startswith("async") for ancestor in type(connection).__mro__) or not hasattr(
+        module, "read"
+    ):
+        raise TypeError("this connection is asynchronous: await assert_emitted_async(...)")
     own = getattr(connection, "alias", connection) if module.__name__.endswith(".django") else connection
     rows = module.read(own, table.read_emitted(), None)
     return _Wanted(event_type, aggregate_id, payload, headers or {}, count).check(table, rows)

@@ -52,14 +52,17 @@ def cdc_outbox_stack(
 ) -> Iterator["Stack"]:
     """PostgreSQL with outbox and inbox, Kafka, and a relay that runs: once for all tests, gone at the end.
 
-    Real servers: those that TEST_POSTGRES_DSN (a superuser's, wal_level = logical) and TEST_KAFKA_BOOTSTRAP_SERVERS
-    name, else the embedded ones of the extra ``demo``. The database is its own; topics are made as they are needed.
+    Real servers: those that CDC_OUTBOX_TEST_POSTGRES_DSN (a superuser's, wal_level = logical) and
+    CDC_OUTBOX_TEST_KAFKA_BOOTSTRAP_SERVERS name, else the embedded ones of the extra ``demo``. The database is its own,
+    and so are the topics: ``cdc_outbox_stack.topic("order")``.
     """
-    from cdc_outbox.errors import CdcOutboxError
-    from cdc_outbox.testing.stack import running_stack
-
+    try:
+        from cdc_outbox.errors import CdcOutboxError
+        from cdc_outbox.testing.stack import running_stack
+    except ImportError as error:
+        pytest.fail(f"cdc_outbox_stack needs the whole of cdc-outbox, not --no-deps: {error}", pytrace=False)
     try:
         with running_stack(cdc_outbox_settings, tmp_path_factory.mktemp("cdc-outbox")) as stack:
             yield stack
     except CdcOutboxError as error:
-        pytest.fail(f"cdc_outbox_stack: {error.message}; {error.hint}", pytrace=False)
+        pytest.fail(f"cdc_outbox_stack: {error.message}{error.hint and f'; {error.hint}'}", pytrace=False)

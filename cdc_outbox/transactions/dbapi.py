@@ -29,7 +29,9 @@ def run(connection: Connection, statement: Statement, parameter: str | None) -> 
     with closing(connection.cursor()) as cursor:
         # asked now: there are wrappers that connect, and know of autocommit, with the first cursor
         if getattr(connection, "autocommit", False) and _is_idle(connection) is not False:
-            raise NoTransaction("turn its autocommit off")
+            cursor.execute("SELECT 1")  # inside of `with connection:` psycopg2 begins with the first statement
+            if _is_idle(connection) is not False:
+                raise NoTransaction("turn its autocommit off, or begin one")
         return _execute(connection, cursor, statement, parameter)
 
 

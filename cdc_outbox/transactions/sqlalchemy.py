@@ -4,7 +4,7 @@ Its connections and sessions begin a transaction with the first statement, unles
 """
 
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, TypeAlias
 
 from sqlalchemy import Connection, TextClause, text
 from sqlalchemy.orm import Session, scoped_session
@@ -18,9 +18,15 @@ AnyConnection: TypeAlias = Connection | Session | scoped_session[Any]
 AnyAsyncConnection: TypeAlias = "AsyncConnection | AsyncSession | async_scoped_session[Any]"
 
 
+_SEVERAL: Final = (
+    "this session has several databases; give the connection of the change instead:"
+    " session.connection(bind_arguments={'mapper': ...})"
+)
+
+
 def run(connection: AnyConnection, statement: Statement, parameter: str | None) -> Rows:
     """In the caller's transaction. Raises NoTransaction; ValueError for a session of several databases."""
-    own = connection if isinstance(connection, Connection) else _connection_of(connection)
+    own = _connection_of(connection)
     if getattr(own.connection.dbapi_connection, "autocommit", False):
         raise NoTransaction("give the change a connection whose isolation_level is not AUTOCOMMIT")
     return read(own, statement, parameter)
@@ -29,7 +35,7 @@ def run(connection: AnyConnection, statement: Statement, parameter: str | None) 
 def read(connection: AnyConnection, statement: Statement, parameter: str | None) -> Rows:
     """In a transaction or not."""
     parameters = None if parameter is None else {"rows": parameter}
-    result = connection.execute(_clause(statement), parameters)
+    result = _connection_of(connection).execute(_clause(statement), parameters)
     return [tuple(row) for row in result] if statement.returns else []
 
 
@@ -61,16 +67,22 @@ async def run_alone_async(connection: AnyAsyncConnection, statement: Statement, 
     return await own.run_sync(run_alone, statement, parameter)
 
 
-def _connection_of(session: Session | scoped_session[Any]) -> Connection:
-    own = session() if callable(session) else session
+def _connection_of(given: AnyConnection) -> Connection:
+    """On which a session has begun. Raises ValueError if its transaction has, or may have, several databases in it."""
+    if isinstance(given, Connection):
+        return given
+    own = given() if callable(given) else given  # a scoped session is
     binds = getattr(own, "binds", None) or getattr(own, "_Session__binds", None) or {}  # of 2.1, of 2.0
     engines = {own.bind, *binds.values()} - {None}
     if len(engines) > 1:
-        raise ValueError(
-            "this session has several databases (binds); give the connection of the change:"
-            " session.connection(bind_arguments={'mapper': ...})"
-        )
-    return own.connection(bind_arguments={"bind": engines.pop()} if engines else None)
+        raise ValueError(_SEVERAL)
+    is_bound_by_binds = own.bind is None and len(engines) == 1 and type(own).get_bind is Session.get_bind
+    connection = own.connection(bind_arguments={"bind": engines.pop()} if is_bound_by_binds else None)
+    # Where get_bind chooses, by the class or at random: what is in the transaction already shows what it has chosen.
+    in_use = {used.engine.pool for used, *_ in getattr(own.get_transaction(), "_connections", {}).values()}
+    if in_use - {connection.engine.pool}:
+        raise ValueError(_SEVERAL)
+    return connection
 
 
 @lru_cache(maxsize=64)

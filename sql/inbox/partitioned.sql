@@ -5,8 +5,9 @@
 -- message.timestamp.type = CreateTime (the default). Of a redriven event it is the time of the redrive.
 --
 -- Makes the partitions of yesterday, today and the next 14 days, in UTC, each time it is run: run it daily. It is made
--- beside the table and attached then, so that consumers do not wait. What belongs to none of them goes into the default
--- partition. A day of which that one holds rows already gets none of its own.
+-- beside the table and attached then, so that consumers do not wait; those that write to the default partition, where
+-- everything goes that belongs to no other, wait while it is searched. A day of which it holds rows already gets none of
+-- its own.
 --
 -- Run in the consumer's database, as a role that may CREATE in schema public. Safe to run again.
 -- Consumers need: GRANT SELECT, INSERT ON public.inbox TO ...; to prune, ownership.
@@ -19,6 +20,7 @@ DECLARE
     day    date;
     made   text;
 BEGIN
+    PERFORM pg_advisory_xact_lock(hashtextextended('public.inbox', 0));
     IF to_regclass('public.inbox') IS NULL THEN
         CREATE TABLE public.inbox (
             consumer     text        NOT NULL,

@@ -142,6 +142,7 @@ def test_demo_on_given_servers_leaves_nothing(world: World, calm: list[str]) -> 
     assert (verdict["lost"], verdict["phantom"], verdict["out_of_order"]) == (0, 0, 0)
     assert verdict["effects"] == verdict["committed"]
     assert (verdict["effects_missing"], verdict["effects_doubled"], verdict["effects_out_of_order"]) == (0, 0, 0)
+    assert verdict["kills"] == (0 if calm else 2)
     if calm:
         assert verdict["duplicates"] == 0
     admin = AdminClient({"bootstrap.servers": world.bootstrap_servers})

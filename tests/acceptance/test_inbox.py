@@ -188,7 +188,8 @@ class TestPartitions:
         messages = self.fill(consuming, application)
         with application.inside(application.transaction()):
             Consumer(application, "shipping").once(messages["day-3"])
-        assert Consumer(application, "billing").prune(timedelta(days=2)) == 1
+        consuming.db.execute("UPDATE inbox SET processed_at = now() - interval '3 days'")  # of both
+        assert Consumer(application, "billing").prune(timedelta(days=2)) == 2
         assert self.partitions(consuming) == {"day_2", "day_3"}
 
     def test_one_in_which_a_message_was_handled_late_stays(self, consuming: World, start: Start) -> None:
@@ -307,24 +308,55 @@ def is_waiting(world: World) -> bool:
 
 
 def test_batches_in_other_orders_do_not_wait_for_each_other(consuming: World) -> None:
+    """Each writes in the order of the ids: one that waits for the first holds none of the later ones."""
     from cdc_outbox.inbox.psycopg import Inbox
 
     inbox = Inbox("billing")
-    messages = [a_message(f"{number:03}") for number in range(200)]
-    new: list[int] = []
+    first, second = a_message("1"), a_message("2")
+    new: list[Message] = []
 
-    def handle_all(order: int) -> None:
+    def other() -> None:
         with psycopg.connect(consuming.dsn) as connection:
-            for at in range(0, 200, 20):
-                with connection.transaction():
-                    new.append(len(inbox.once_many(connection, messages[at : at + 20][::order])))
+            new.extend(inbox.once_many(connection, [second, first]))
 
-    threads = [threading.Thread(target=handle_all, args=[order]) for order in (1, -1, 1, -1)]
-    for thread in threads:
+    with psycopg.connect(consuming.dsn) as connection:
+        assert inbox.once(connection, first)
+        thread = threading.Thread(target=other)
         thread.start()
-    for thread in threads:
+        wait_until(lambda: is_waiting(consuming), "the other one waits")
+        connection.execute("SET LOCAL lock_timeout = '1s'")
+        assert inbox.once(connection, second)
+        connection.commit()
         thread.join()
-    assert sum(new) == 200
+    assert new == []
+
+
+def test_rows_that_are_locked_are_passed_over(consuming: World, start: Start) -> None:
+    """By another cleaner, say: it deletes them."""
+    application = start()
+    inbox = Consumer(application, "billing")
+    with application.inside(application.transaction()):
+        inbox.once_many([a_message("1"), a_message("2")])
+    with psycopg.connect(consuming.dsn) as other:
+        other.execute("SELECT FROM inbox WHERE message_id = '1' FOR UPDATE")
+        assert inbox.prune(timedelta()) == 1
+    assert inbox.prune(timedelta()) == 1
+
+
+def test_psycopg2_begins_one_inside_of_with(consuming: World) -> None:
+    """In autocommit mode too; with the first statement, which is ours."""
+    from cdc_outbox.inbox.dbapi import Inbox
+
+    application = Psycopg2(consuming.dsn, autocommit=True)
+    message = a_message()
+    with pytest.raises(ZeroDivisionError), application.connection:
+        assert Inbox("billing").once(application.connection, message)
+        1 / 0  # noqa: B018
+    with application.connection:
+        assert Inbox("billing").once(application.connection, message)
+    with pytest.raises(NoTransaction):
+        Inbox("billing").once(application.connection, message)
+    application.close()
 
 
 def test_a_pipeline_hides_no_answer(consuming: World) -> None:
@@ -433,6 +465,19 @@ def test_a_session_of_several_databases_is_refused(consuming: World) -> None:
         session.commit()
     with Session(binds={Order: two}) as session:  # of one database
         assert not Inbox("billing").once(session, message)
+
+    class Routing(Session):
+        """As Flask-SQLAlchemy does it, by the class that is asked for."""
+
+        def get_bind(self, mapper: Any = None, **more: Any) -> Any:
+            return two if mapper else super().get_bind(mapper, **more)
+
+    Base.metadata.create_all(two)
+    with Routing(one) as session:
+        session.add(Order(id=1))
+        session.flush()
+        with pytest.raises(ValueError, match="several databases"):
+            Inbox("billing").once(session, a_message())
     one.dispose()
     two.dispose()
 

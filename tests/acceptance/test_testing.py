@@ -10,6 +10,7 @@ from typing import Any
 
 import psycopg
 import pytest
+from confluent_kafka.admin import AdminClient
 
 from cdc_outbox import testing
 from cdc_outbox.inbox import Message
@@ -17,7 +18,19 @@ from cdc_outbox.inbox import schema as inbox_sql
 from cdc_outbox.inbox.psycopg import AsyncInbox, Inbox
 from cdc_outbox.outbox import Event
 from cdc_outbox.outbox.table import OutboxTable
-from support.applications import ALL, Application, Asynchronous, Django, django_connections, make_emit
+from support.applications import (
+    ALL,
+    Application,
+    Asynchronous,
+    Asyncpg,
+    AsyncPsycopg,
+    Django,
+    SqlalchemyAsyncConnection,
+    SqlalchemyAsyncSession,
+    django_connections,
+    make_emit,
+)
+from support.waiting import wait_until
 from support.world import World
 
 
@@ -163,11 +176,11 @@ from cdc_outbox.outbox.psycopg import Event, Outbox
 
 def test_order(cdc_outbox_stack, assert_emitted, assert_idempotent):
     with psycopg.connect(cdc_outbox_stack.dsn) as connection:
-        event_id = Outbox().emit(connection, Event("order.placed", "42", {"total": 1}, aggregate_type="NAME"))
+        event_id = Outbox().emit(connection, Event("order.placed", "42", {"total": 1}, aggregate_type="order"))
         assert_emitted(connection, "order.placed", aggregate_id="42")
-    settings = {"bootstrap.servers": cdc_outbox_stack.bootstrap_servers, "group.id": "NAME"}
+    settings = {"bootstrap.servers": cdc_outbox_stack.bootstrap_servers, "group.id": "the test's"}
     consumer = Consumer({**settings, "auto.offset.reset": "earliest", "topic.metadata.refresh.interval.ms": 200})
-    consumer.subscribe(["outbox.NAME"])
+    consumer.subscribe([cdc_outbox_stack.topic("order")])
     record = None
     while record is None or record.error():
         record = consumer.poll(10)
@@ -187,8 +200,11 @@ def test_order(cdc_outbox_stack, assert_emitted, assert_idempotent):
 
 def test_the_stack_of_the_plugin(world: World, tmp_path: Path) -> None:
     """As somebody has it who has installed us and has written a test; on the suite's servers, not to start more."""
-    (tmp_path / "test_order.py").write_text(END_TO_END.replace("NAME", world.name))
-    servers = {"TEST_POSTGRES_DSN": world.admin_dsn, "TEST_KAFKA_BOOTSTRAP_SERVERS": world.bootstrap_servers}
+    (tmp_path / "test_order.py").write_text(END_TO_END)
+    servers = {
+        "CDC_OUTBOX_TEST_POSTGRES_DSN": world.admin_dsn,
+        "CDC_OUTBOX_TEST_KAFKA_BOOTSTRAP_SERVERS": world.bootstrap_servers,
+    }
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:randomly", "test_order.py"],
         cwd=tmp_path,
@@ -200,5 +216,36 @@ def test_the_stack_of_the_plugin(world: World, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "1 passed" in done.stdout
-    rows = world.db.execute("SELECT datname FROM pg_database WHERE datname LIKE 'cdc_outbox_test_%'").fetchall()
-    assert rows == []  # and nothing of it is left
+    assert nothing_is_left(world)
+
+
+def nothing_is_left(world: World) -> bool:
+    databases = world.db.execute("SELECT FROM pg_database WHERE datname LIKE 'cdc_outbox_test_%'").rowcount
+    topics = AdminClient({"bootstrap.servers": world.bootstrap_servers}).list_topics(timeout=10).topics
+    return not databases and not [topic for topic in topics if topic.startswith("cdc_outbox_test_")]
+
+
+def test_a_run_that_is_terminated_leaves_nothing(world: World, tmp_path: Path) -> None:
+    """As a CI ends a job that takes too long."""
+    (tmp_path / "test_wait.py").write_text(
+        "import time\n\ndef test_wait(cdc_outbox_stack):\n    open('up', 'w').close()\n    time.sleep(60)\n"
+    )
+    servers = {
+        "CDC_OUTBOX_TEST_POSTGRES_DSN": world.admin_dsn,
+        "CDC_OUTBOX_TEST_KAFKA_BOOTSTRAP_SERVERS": world.bootstrap_servers,
+    }
+    with (tmp_path / "log").open("w") as log:
+        command = [sys.executable, "-m", "pytest", "-q", "test_wait.py"]
+        process = subprocess.Popen(command, cwd=tmp_path, env={**os.environ, **servers}, stdout=log, stderr=log)
+    wait_until((tmp_path / "up").exists, "the stack is up", timeout_seconds=60)
+    process.terminate()
+    assert process.wait(60) == 2, (tmp_path / "log").read_text()  # interrupted, says pytest
+    assert nothing_is_left(world)
+
+
+def test_an_asynchronous_connection_is_told_apart(migrated: World) -> None:
+    for kind in (Asyncpg, AsyncPsycopg, SqlalchemyAsyncSession, SqlalchemyAsyncConnection):
+        application = kind(migrated.dsn)
+        with pytest.raises(TypeError, match="await assert_emitted_async"):
+            testing.assert_emitted(application.connection, "order.placed")
+        application.close()

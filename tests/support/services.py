@@ -18,7 +18,9 @@ from typing import Final
 from cdc_outbox.demo.kafka import EmbeddedKafka, fetch_jars, fetch_kafka
 from cdc_outbox.demo.postgres import EmbeddedPostgres
 from cdc_outbox.demo.stack import running, server_folder
-from cdc_outbox.testing.stack import KAFKA_ENV, POSTGRES_ENV
+
+POSTGRES_ENV: Final = "TEST_POSTGRES_DSN"
+KAFKA_ENV: Final = "TEST_KAFKA_BOOTSTRAP_SERVERS"
 
 #: The other versions that the README names, by their major number: Debian's where installed, else from Maven.
 OTHER_POSTGRES: Final = {"14": "14.18.0", "15": "15.13.0", "16": "16.9.0", "17": "17.5.0"}

@@ -47,9 +47,9 @@ SECRET = "4111-1111-1111-1111"
         (stated(event_type=""), "event_type is empty"),
         (stated(event_type=None), "event_type is NoneType"),
         (stated(event_type="\0"), "event_type has a NUL"),
-        (stated(id=None), "its id is no UUID"),
-        (stated(id=""), "its id is no UUID"),
-        (stated(id="0190163d-8694-739b-aea5-966c26f8ad91"), "its id is no UUID"),
+        (stated(id=None), "id is not a UUID"),
+        (stated(id=""), "id is not a UUID"),
+        (stated(id="0190163d-8694-739b-aea5-966c26f8ad91"), "id is not a UUID"),
         (stated(aggregate_type=""), "aggregate_type is empty"),
         (stated(aggregate_type="order/eu"), "cannot be part of a topic's name"),
         (stated(aggregate_type="ordér"), "cannot be part of a topic's name"),
@@ -58,7 +58,7 @@ SECRET = "4111-1111-1111-1111"
         (stated(aggregate_type="x" * 243), "is no name that Kafka takes"),
         (stated(headers={"n": 1}), "header 'n' is int, not str"),
         (stated(headers={"n": None}), "header 'n' is NoneType, not str"),
-        (stated(headers={1: "n"}), "header 1 is str"),
+        (stated(headers={1: "n"}), "header with a name of type int is str"),
         (stated(headers={"n\0": "x"}), "a header's name has a NUL"),
         (stated(headers={"n": "x\0"}), "header 'n' has a NUL"),
         (stated(headers={"n": "\udfff"}), "header 'n' is no text"),
@@ -70,8 +70,8 @@ SECRET = "4111-1111-1111-1111"
         (stated(headers={"sequence": "7"}), "is the relay's own"),
         (stated(aggregate_id=str(None)), "aggregate_id is 'None', the text of no id; flush first"),
         (stated(event_type="x" * 900_000), "more than max_bytes"),
-        (stated(headers=None), "its headers are NoneType, no mapping"),
-        (stated(headers=[("a", "b")]), "its headers are list, no mapping"),
+        (stated(headers=None), "headers must be a mapping, not NoneType"),
+        (stated(headers=[("a", "b")]), "headers must be a mapping, not list"),
         (stated(payload={"a": float("nan")}), "Out of range float"),
         (stated(payload=[float("inf")]), "Out of range float"),
         (stated(payload={"a": Decimal("1.1")}), "Decimal is not JSON serializable"),
@@ -240,12 +240,23 @@ def test_what_a_serializer_says_of_a_payload_is_not_repeated() -> None:
         assert SECRET not in str(refusal.value)
 
 
+def test_what_slipped_into_another_field_is_not_repeated() -> None:
+    for event in (stated(id={"card": SECRET}), stated(event_type={"card": SECRET}), stated(headers={(SECRET,): "x"})):
+        with pytest.raises(EventRefused) as refusal:
+            OutboxTable()._check([event])
+        assert SECRET not in str(refusal.value)
+
+
 def test_other_mappings_and_sequences() -> None:
     from collections import UserDict
     from types import MappingProxyType
 
     payload = MappingProxyType({"a": range(3), "b": UserDict(c=(1, 2))})
     assert row_of(stated(payload=payload))[1] == '{"a":[0,1,2],"b":{"c":[1,2]}}'
+    for content in (b"abc", bytearray(b"abc"), memoryview(b"abc")):
+        with pytest.raises(EventRefused, match="is not JSON serializable"):
+            row_of(stated(payload={"token": content}))
+        assert row_of(stated(payload=content), payload_type="bytea")[1] == "\\x616263"
     with pytest.raises(EventRefused, match="set is not JSON"):
         row_of(stated(payload={"a": {1}}))
 
@@ -256,6 +267,9 @@ def test_other_mappings_and_sequences() -> None:
         ('{"a": "\\u0000"}', "NUL in it, which jsonb does not keep"),
         ('{"a": "\\ud800"}', "half a surrogate pair"),
         ("1e200000", "out of jsonb's range"),
+        ("1e99999999999999999999", "out of jsonb's range"),
+        ("1e-20000", "out of jsonb's range"),
+        ("1" * 140_000, "out of jsonb's range"),
         ("[" + ",".join(["1"] * 440_000) + "]", "1,3[0-9]{2},[0-9]{3} bytes, more than max_bytes"),
         ("[" + ",".join(["1e131000"] * 20) + "]", "2,6[0-9]{2},[0-9]{3} bytes"),
         ('{"a":', "no JSON"),

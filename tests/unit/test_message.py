@@ -84,7 +84,7 @@ def test_ids_are_taken_as_they_are_or_not_at_all() -> None:
     for content in (b"\xff\x01", b"x" * 1001, b"a\0"):
         with pytest.raises(NoMessageId):
             Message.from_confluent(confluent([("id", content)]))
-    with pytest.raises(NoMessageId, match="id is no text"):
+    with pytest.raises(NoMessageId, match="is no text"):
         Message("\ud800", AT)
 
 
@@ -116,6 +116,13 @@ def test_an_id_is_never_guessed(headers: Any) -> None:
         Message.from_aiokafka(aiokafka(headers))
 
 
+def test_a_time_that_is_none() -> None:
+    with pytest.raises(
+        ValueError, match=r"message outbox\.account\[3\]@42: its timestamp 1795780800123000 is no time in"
+    ):
+        Message.from_confluent(confluent(PLAIN, timestamp=(1, TIMESTAMP_MS * 1000)))
+
+
 def test_what_is_no_message() -> None:
     with pytest.raises(ValueError, match="not a message, but an error: _PARTITION_EOF"):
         Message.from_confluent(confluent(PLAIN, error="_PARTITION_EOF"))
@@ -129,7 +136,7 @@ def test_what_is_no_message() -> None:
         Message("", AT)
 
 
-@pytest.mark.parametrize("consumer", ["", "a\0", "x" * 1001])
+@pytest.mark.parametrize("consumer", ["", "a\0", "x" * 501, "\ud800"])
 def test_a_consumer_has_a_name(consumer: str) -> None:
     with pytest.raises(ValueError, match="needs the consumer's name"):
         InboxTable(consumer)

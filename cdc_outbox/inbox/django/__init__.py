@@ -21,8 +21,8 @@ class Inbox(InboxTable):
         """Whether ``message`` is new to this consumer. Then act on it, in this transaction.
 
         If another session has it right now, this waits for that one's end (READ COMMITTED), or ends with Django's
-        OperationalError (REPEATABLE READ, SERIALIZABLE): roll back and try again. Who swallows an error of the handling
-        and commits has lost the message. Raises NoTransaction, and what Django raises.
+        OperationalError (REPEATABLE READ, SERIALIZABLE): roll back and try again. If you catch an error of the handling
+        and commit anyway, the message is lost. Raises NoTransaction, and what Django raises.
         """
         return bool(self.once_many([message], using=using))
 
