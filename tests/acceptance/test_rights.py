@@ -1,11 +1,16 @@
 """Who may do what: each command, tried with a role that has nothing, says what to grant until it works."""
 
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 
+import psycopg
 import pytest
 from psycopg import conninfo
 
 from acceptance.conftest import StartRelay
+from cdc_outbox.inbox import schema as inbox_schema
+from cdc_outbox.inbox.psycopg import Inbox, Message
+from cdc_outbox.outbox.psycopg import Event, Outbox
 from support import command
 from support.world import World
 
@@ -78,3 +83,17 @@ def test_the_relay_s_role_may_not_do_what_operators_do(busy: World) -> None:
         assert "cdc_outbox_relay" not in done.error, "the next `migrate up` would take it back"
     status = command.run({**busy.environment, "CDC_OUTBOX_POSTGRES__DSN": dsn}, "status")
     assert status.exit_code == 0, status
+
+
+def test_applications_and_consumers_need_what_the_readme_says(busy: World, nobody: str) -> None:
+    busy.db.execute(inbox_schema.sql().encode())
+    with psycopg.connect(conninfo.make_conninfo(busy.dsn, user=nobody, password="secret")) as connection:
+        busy.db.execute(f"GRANT INSERT ON outbox TO {nobody}".encode())
+        Outbox().emit(connection, Event("opened", "a-1", {}))
+        busy.db.execute(f"GRANT SELECT, INSERT ON inbox TO {nobody}".encode())
+        assert Inbox("billing").once(connection, Message("m-1", datetime.now(UTC)))
+        connection.commit()
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            Inbox("billing").prune(connection, timedelta())
+        busy.db.execute(f"GRANT UPDATE, DELETE ON inbox TO {nobody}".encode())
+        assert Inbox("billing").prune(connection, timedelta()) == 1

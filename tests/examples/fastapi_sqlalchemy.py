@@ -4,12 +4,10 @@ uvicorn examples.fastapi_sqlalchemy:app
 """
 
 import os
-from collections.abc import AsyncIterator
-from typing import Annotated
 
-from fastapi import Depends, FastAPI
+from fastapi import FastAPI
 from pydantic import BaseModel
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from cdc_outbox.outbox.sqlalchemy import AsyncOutbox, Event
@@ -43,16 +41,12 @@ class OrderPlaced(BaseModel):
     total: int
 
 
-async def session() -> AsyncIterator[AsyncSession]:
-    async with new_session.begin() as session:  # committed when the request is done, rolled back if it fails
-        yield session
-
-
 @app.post("/orders", status_code=201)
-async def place_order(body: OrderIn, session: Annotated[AsyncSession, Depends(session)]) -> OrderPlaced:
-    order = Order(customer=body.customer, total=body.total)
-    session.add(order)
-    await session.flush()  # the database gives order.id now
-    placed = OrderPlaced(order=order.id, customer=body.customer, total=body.total)
-    await outbox.emit(session, Event("order.placed", str(order.id), placed, aggregate_type="order"))
+async def place_order(body: OrderIn) -> OrderPlaced:
+    async with new_session.begin() as session:  # committed at its end, before there is an answer
+        order = Order(customer=body.customer, total=body.total)
+        session.add(order)
+        await session.flush()  # the database gives order.id now
+        placed = OrderPlaced(order=order.id, customer=body.customer, total=body.total)
+        await outbox.emit(session, Event("order.placed", str(order.id), placed, aggregate_type="order"))
     return placed
