@@ -8,8 +8,6 @@ from psycopg.rows import tuple_row
 
 from cdc_outbox.transactions import READ_COMMITTED, NoTransaction, OpenTransaction, Rows, Statement
 
-_HINT = "write `with connection.transaction():` around it and the change"
-
 
 def run(connection: Connection[Any], statement: Statement, parameter: str | None) -> Rows:
     """In the caller's transaction. Raises NoTransaction."""
@@ -18,7 +16,7 @@ def run(connection: Connection[Any], statement: Statement, parameter: str | None
             with connection.pipeline():
                 pass
         if connection.info.transaction_status == TransactionStatus.IDLE:
-            raise NoTransaction(_HINT)
+            raise NoTransaction("write `with connection.transaction():` around it and the change")
     return read(connection, statement, parameter)
 
 
@@ -45,7 +43,7 @@ async def run_async(connection: AsyncConnection[Any], statement: Statement, para
             async with connection.pipeline():
                 pass
         if connection.info.transaction_status == TransactionStatus.IDLE:
-            raise NoTransaction(f"{_HINT} (async)")
+            raise NoTransaction("write `async with connection.transaction():` around it and the change")
     return await read_async(connection, statement, parameter)
 
 
