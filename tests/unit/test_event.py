@@ -9,7 +9,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from cdc_outbox.outbox import Event, EventRefused, uuid7
 from cdc_outbox.outbox.table import OutboxTable
@@ -164,6 +164,21 @@ def test_a_validation_hook_says_what_it_likes() -> None:
     row_of(stated(), validate=[refuse])
     with pytest.raises(Unknown):
         row_of(stated(event_type="closed"), validate=[refuse])
+
+
+def test_a_model_for_each_type_of_event() -> None:
+    """As the README has it."""
+    models = {"account.opened": Opened}
+
+    def check(event: Event) -> None:
+        models[event.event_type].model_validate(event.payload)
+
+    opened = {"account": str(UUID(int=1)), "limit": "1.10"}
+    row_of(stated(event_type="account.opened", payload=opened), validate=[check])
+    with pytest.raises(ValidationError):
+        row_of(stated(event_type="account.opened", payload={"account": 1}), validate=[check])
+    with pytest.raises(KeyError, match=r"account\.closed"):
+        row_of(stated(event_type="account.closed", payload=opened), validate=[check])
 
 
 @pytest.mark.parametrize("table", ["", "a.b.c", 'a"b', '"a', "a..b", ".a", "a.", "a b", "1a", '""', 'x"; DROP'])
