@@ -132,7 +132,7 @@ def _drop(partition: str, consumer: str, seconds: float) -> Statement:
         f"""DO {tag} BEGIN
             IF EXISTS (SELECT FROM ONLY {partition} WHERE {is_fresh} OR consumer <> {name}) THEN RETURN; END IF;
             SET LOCAL enable_seqscan = off;
-            SET LOCAL lock_timeout = '80ms';
+            SET LOCAL lock_timeout = '50ms';
             LOCK TABLE ONLY {partition} IN SHARE ROW EXCLUSIVE MODE;
             IF NOT EXISTS (SELECT FROM ONLY {partition} WHERE {is_fresh}) THEN DROP TABLE {partition}; END IF;
         EXCEPTION WHEN lock_not_available OR deadlock_detected OR undefined_table THEN NULL;

@@ -12,7 +12,9 @@ import pytest
 
 from cdc_outbox.inbox import Message, NoTransaction, OpenTransaction
 from cdc_outbox.inbox import schema as inbox_sql
+from cdc_outbox.inbox.table import _drop
 from cdc_outbox.outbox import Event
+from cdc_outbox.transactions.psycopg import run_alone
 from support.applications import (
     ALL,
     Application,
@@ -220,12 +222,17 @@ class TestPartitions:
         """Whatever isolation the database has by default: the second look must not be at an old snapshot."""
         application, busy = start(), start()
         messages = self.fill(consuming, application)
-        consuming.db.execute(
-            f"ALTER DATABASE {consuming.name} SET default_transaction_isolation = '{isolation}'".encode()
-        )
-        pruning = threading.Thread(
-            target=lambda: Consumer(start(), "billing").prune(timedelta(days=2)),
-        )
+        setting = f"ALTER DATABASE {consuming.name} SET default_transaction_isolation = '{isolation}'"
+        consuming.db.execute(setting.encode())
+        drop = _drop("public.day_3", "billing", 2 * 86_400)
+        patient = replace(drop, before=drop.before.replace("'50ms'", "'20s'"))
+        assert patient != drop
+
+        def prune() -> None:
+            with psycopg.connect(consuming.dsn, autocommit=True) as connection:
+                run_alone(connection, patient, None)
+
+        pruning = threading.Thread(target=prune)
         with busy.inside(busy.transaction()):
             Consumer(busy, "billing").once(replace(messages["day-3"], id="late"))
             pruning.start()
