@@ -115,6 +115,8 @@ class Reader(_Worker):
                 "bootstrap.servers": bootstrap_servers,
                 "group.id": f"cdc-outbox-demo-{uuid.uuid4()}",
                 "enable.auto.commit": False,
+                # a partition's leader of a moment ago may not have offset 0 yet; the default then is the end
+                "auto.offset.reset": "earliest",
                 "log_level": 0,
             }
         )

@@ -291,10 +291,13 @@ def test_every_file_says_why() -> None:
     files = migrations.load_migrations()
     assert [migration.name[:4] for migration in files] == [f"{number:04}" for number in range(1, len(files) + 1)]
     assert all("-- Why: " in migration.text for migration in files)
-    assert [path.name for path in sorted((Path(__file__).parents[2] / "sql").iterdir())] == [
+    folder = Path(__file__).parents[2] / "sql"
+    assert [path.name for path in sorted(folder.iterdir())] == [
         *(migration.name for migration in files),
+        "inbox",
         "roles.sql",
     ]
+    assert all("-- Why: " in path.read_text() for path in (folder / "inbox").iterdir())
 
 
 def test_a_slot_that_nobody_has_noted_is_noted(every_world: World) -> None:

@@ -150,7 +150,15 @@ def alter_topic(bootstrap_servers: str, topic: str, key: str, value: str) -> Non
 
 
 def read_topic(bootstrap_servers: str, topic: str, count: int, *, timeout_seconds: float = 30) -> list[Message]:
-    consumer = Consumer({"bootstrap.servers": bootstrap_servers, "group.id": "reader", "enable.auto.commit": False})
+    consumer = Consumer(
+        {
+            "bootstrap.servers": bootstrap_servers,
+            "group.id": "reader",
+            "enable.auto.commit": False,
+            # a partition's leader of a moment ago may not have offset 0 yet; the default then is the end
+            "auto.offset.reset": "earliest",
+        }
+    )
     partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
     consumer.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in partitions])
     messages: list[Message] = []
