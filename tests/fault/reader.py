@@ -42,7 +42,8 @@ def _watermarks(consumer: Consumer, place: TopicPartition) -> tuple[int, int] | 
 
 def read_to_the_end(bootstrap_servers: str, topics: list[str]) -> list[Record]:
     """All records that are there now, those of each partition in their order."""
-    consumer = Consumer({"bootstrap.servers": bootstrap_servers, "group.id": "reader", "enable.auto.commit": False})
+    settings = {"bootstrap.servers": bootstrap_servers, "group.id": "reader", "auto.offset.reset": "earliest"}
+    consumer = Consumer({**settings, "enable.auto.commit": False})
     records: list[Record] = []
     try:
         metadata = consumer.list_topics(timeout=10).topics
