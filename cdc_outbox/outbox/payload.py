@@ -32,7 +32,10 @@ def _dump_of(payload: Payload) -> Callable[[], str] | None:
 
 
 def stored_payload(payload: Payload, kind: PayloadType, serialize: Callable[[Any], str | bytes]) -> str | bytes | None:
-    """Bytes for a bytea, else text; None is a tombstone. Raises UnfitPayload."""
+    """Bytes for a bytea, else text; None is a tombstone. Raises UnfitPayload.
+
+    What jsonb keeps is for ``size_bytes`` to see, which reads it anyway.
+    """
     if payload is None:
         return None
     if isinstance(payload, bytearray | memoryview):  # as drivers give a bytea
@@ -42,8 +45,8 @@ def stored_payload(payload: Payload, kind: PayloadType, serialize: Callable[[Any
     if kind == "bytea":
         return _encoded(made)
     text = _decoded(made)
-    if kind != "text" and not is_ours:
-        _check_json(text)
+    if kind == "json" and not is_ours:
+        _parsed(text, number=str)  # as text: one of 5,000 digits is JSON, too
     if "\0" in text:
         raise UnfitPayload("it has a NUL in it, which only a bytea keeps")
     return text
@@ -95,10 +98,9 @@ def _decoded(made: str | bytes) -> str:
     return text
 
 
-def _check_json(text: str) -> None:
-    """Numbers as text: one of 5,000 digits is JSON, too."""
+def _parsed(text: str, *, number: Callable[[str], object]) -> object:
     try:
-        json.loads(text, parse_int=str, parse_float=str, parse_constant=_refuse_constant)
+        return json.loads(text, parse_int=number, parse_float=number, parse_constant=_refuse_constant)
     except json.JSONDecodeError as error:
         raise UnfitPayload(f"it is no JSON: {error.msg} at character {error.pos}") from None
     except RecursionError:
@@ -112,7 +114,7 @@ def _jsonb_bytes(text: str) -> int:
         numbers.append(_digits(written))
         return 0
 
-    read = json.loads(text, parse_int=number, parse_float=number, parse_constant=_refuse_constant)
+    read = _parsed(text, number=number)
     try:
         rest = json.dumps(read, ensure_ascii=False).encode()
     except UnicodeEncodeError:

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 from uuid import UUID
 
 from cdc_outbox.outbox.event import Event
@@ -96,7 +96,9 @@ class OutboxTable:
         for validate in self._validate:
             validate(event)
         if event.headers and self._columns["headers"] is None:
-            _refuse(event, "it has headers, and the table has no column for them", "add one, or leave them out")
+            raise EventRefused(
+                event, "it has headers, and the table has no column for them", "add one, or leave them out"
+            )
         headers = {**_trace_context(event), **event.headers} if self._trace else dict(event.headers)
         payload = self._payload(event, (event.aggregate_id, event.event_type, *headers, *headers.values()))
         fields = {
@@ -116,13 +118,13 @@ class OutboxTable:
             stored = stored_payload(event.payload, self._payload_type, self._serialize)
             size = size_bytes(stored, self._payload_type) + sum(len(text.encode()) for text in rest)
         except UnfitPayload as error:
-            _refuse(
+            raise EventRefused(
                 event,
                 f"the payload does not fit a column of type {self._payload_type}: {error}",
                 "give what json.dumps takes, JSON as text or bytes, or serialize= for what you have",
-            )
+            ) from None
         if size > self._max_bytes:
-            _refuse(
+            raise EventRefused(
                 event,
                 f"key, type, headers and payload are {size:,} bytes, more than max_bytes = {self._max_bytes:,}",
                 "keep what is large elsewhere and send where it is, or raise max_bytes and the broker's limit with it",
@@ -132,16 +134,20 @@ class OutboxTable:
     def _check_topic(self, event: Event) -> None:
         topic = ""
         for literal, name, _, _ in self._topic_parts:
-            value = getattr(event, name, "x") if name in _FIELDS else "x" if name else ""  # a column of the table's own
-            if name in _FIELDS and not _TOPIC_PART.fullmatch(str(value)):
-                _refuse(
-                    event,
-                    f"{name} {str(value)[:100]!r} cannot be part of a topic's name",
-                    "use letters, digits, dots, underscores and hyphens",
-                )
-            topic += literal + str(value)
+            topic += literal
+            if name:
+                value = str(getattr(event, name)) if name in _FIELDS else "x"  # a column of the table's own
+                if not _TOPIC_PART.fullmatch(value):
+                    raise EventRefused(
+                        event,
+                        f"{name} {value[:100]!r} cannot be part of a topic's name",
+                        "use letters, digits, dots, underscores and hyphens",
+                    )
+                topic += value
         if len(topic) > _LONGEST_TOPIC or topic in (".", ".."):
-            _refuse(event, f"topic {topic[:100]!r} is no name that Kafka takes", f"at most {_LONGEST_TOPIC} characters")
+            raise EventRefused(
+                event, f"topic {topic[:100]!r} is no name that Kafka takes", f"at most {_LONGEST_TOPIC} characters"
+            )
 
     def read_emitted(self) -> Statement:
         """For tests: what is there, as text: id, type, aggregate's id and type, payload, headers."""
@@ -159,45 +165,43 @@ class OutboxTable:
         return stored if self._payload_type == "text" else json.loads(stored)
 
 
-def _refuse(event: Event, what: str, hint: str) -> NoReturn:
-    raise EventRefused(event, what, hint)
-
-
 def _check_fields(event: Event) -> None:
     if not isinstance(event.id, UUID):
-        _refuse(event, "id is not a UUID", "leave it out: it is then made")
+        raise EventRefused(event, "id is not a UUID", "leave it out: it is then made")
     for name in ("event_type", "aggregate_id", "aggregate_type"):
         value = getattr(event, name)
         if not isinstance(value, str):
             hint = "flush first, so that the database gives it" if value is None else f"str({name})"
-            _refuse(event, f"{name} is {type(value).__name__}, not str", hint)
+            raise EventRefused(event, f"{name} is {type(value).__name__}, not str", hint)
         if not value:
-            _refuse(event, f"{name} is empty", "it says what the event is about")
+            raise EventRefused(event, f"{name} is empty", "it says what the event is about")
         _check_text(event, name, value)
     if event.aggregate_id == "None":
-        _refuse(event, "aggregate_id is 'None', the text of no id", "flush first, so that the database gives it")
+        raise EventRefused(
+            event, "aggregate_id is 'None', the text of no id", "flush first, so that the database gives it"
+        )
 
 
 def _check_headers(event: Event) -> None:
     if not isinstance(event.headers, Mapping):
-        _refuse(event, f"headers must be a mapping, not {type(event.headers).__name__}", "names to values")
+        raise EventRefused(event, f"headers must be a mapping, not {type(event.headers).__name__}", "names to values")
     for name, value in event.headers.items():
         if not isinstance(name, str) or not isinstance(value, str):
             shown = repr(name[:100]) if isinstance(name, str) else f"with a name of type {type(name).__name__}"
-            _refuse(event, f"header {shown} is {type(value).__name__}, not str", "headers are text")
+            raise EventRefused(event, f"header {shown} is {type(value).__name__}, not str", "headers are text")
         _check_text(event, "a header's name", name)
         _check_text(event, f"header {name[:100]!r}", value)
         if _RESERVED_HEADERS.fullmatch(name):
-            _refuse(event, f"header {name[:100]!r} is the relay's own", "give it another name")
+            raise EventRefused(event, f"header {name[:100]!r} is the relay's own", "give it another name")
 
 
 def _check_text(event: Event, name: str, value: str) -> None:
     try:
         value.encode()
     except UnicodeEncodeError:
-        _refuse(event, f"{name} is no text", "it has half a surrogate pair in it")
+        raise EventRefused(event, f"{name} is no text", "it has half a surrogate pair in it") from None
     if "\0" in value:
-        _refuse(event, f"{name} has a NUL in it", "PostgreSQL keeps none")
+        raise EventRefused(event, f"{name} has a NUL in it", "PostgreSQL keeps none")
 
 
 def _trace_context(event: Event) -> dict[str, str]:

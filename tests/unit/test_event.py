@@ -289,6 +289,7 @@ def test_other_mappings_and_sequences() -> None:
         ("[" + ",".join(["1"] * 440_000) + "]", "1,3[0-9]{2},[0-9]{3} bytes, more than max_bytes"),
         ("[" + ",".join(["1e131000"] * 20) + "]", "2,6[0-9]{2},[0-9]{3} bytes"),
         ('{"a":', "no JSON"),
+        ("[" * 100_000, "nested too deep"),
     ],
 )
 def test_jsonb_keeps_less_and_writes_more(payload: str, message: str) -> None:

@@ -34,8 +34,9 @@ class Inbox(InboxTable):
     def prune(self, older_than: timedelta, *, using: str = "default") -> int:
         """Forget what this consumer handled longer than ``older_than`` ago; returns how many rows were deleted.
 
-        Works in many short transactions of its own, and blocks no consumer. A message that comes again afterwards is
-        new: keep ids for longer than anybody may replay or redrive. Partitions that hold nothing else are dropped,
-        and not counted; that needs their ownership. Raises OpenTransaction, and what Django raises.
+        Works in many short transactions of its own; a consumer waits for it a tenth of a second at most. A message that
+        comes again afterwards is new: keep ids for longer than anybody may replay or redrive. Partitions that hold
+        nothing else are dropped, and not counted; that needs their ownership. Raises OpenTransaction, and what Django
+        raises.
         """
         return run_each(self._pruning(older_than), partial(django.run_alone, using))
