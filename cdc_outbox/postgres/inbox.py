@@ -8,13 +8,14 @@ from cdc_outbox.inbox import schema
 from cdc_outbox.postgres.connection import Connection, translated
 from cdc_outbox.transactions import quoted_table
 
+_HINTS: Final = {"3F000": "make the schema first, or name another with --table"}
 _COLUMNS: Final = {"consumer", "source", "message_id", "committed_at", "processed_at"}
 
 
 def up(connection: Connection, table: str, *, partitioned: bool, report: Callable[[str], None]) -> None:
     """Make what is missing; idempotent. Raises OperatorNeeded, ValueError if ``table`` is no name."""
     name = quoted_table(table)
-    with translated(f"making table {name}"), connection.transaction():
+    with translated(f"making table {name}", _HINTS), connection.transaction():
         connection.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", [name])  # as the script does
         before = _relations(connection, name)
         if before:

@@ -600,6 +600,9 @@ class TestTables:
         long = run(world.environment, "migrate", "inbox", "up", "--partitioned", "--table", "x" * 55)
         assert long.exit_code == 3
         assert "is too long" in long.err
+        nowhere = run(world.environment, "migrate", "inbox", "up", "--table", "nowhere.inbox")
+        assert nowhere.exit_code == 3
+        assert 'schema "nowhere" does not exist -- make the schema first' in nowhere.err
         wrong = run(world.environment, "migrate", "inbox", "sql", "--table", "a.b.c")
         assert wrong.exit_code == 2
         assert "'a.b.c' is not a table name" in wrong.err
