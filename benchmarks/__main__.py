@@ -138,9 +138,11 @@ def _drain_step(arena: Arena, report: Report, scenario: str, peer: str, backlog:
         if peer in report.left_out:
             return
         try:
-            report.drains[scenario].append(drain(arena, make_peer(peer), backlog))
+            drained = drain(arena, make_peer(peer), backlog)
         except Unavailable as error:
             report.left_out[peer] = str(error)
+        else:
+            report.drains[scenario].append(drained)
 
     return step
 

@@ -130,19 +130,26 @@ class Lane:
     def read(self, events: int) -> Found:
         """All of the topic. Events carry numbers from 0; those of a key must first appear in rising order."""
         consumer = Consumer(
-            {"bootstrap.servers": self.arena.bootstrap_servers, "group.id": "reader", "enable.auto.commit": False}
+            {
+                "bootstrap.servers": self.arena.bootstrap_servers,
+                "group.id": "reader",
+                "enable.auto.commit": False,
+                "auto.offset.reset": "earliest",  # of a new topic a broker says at first that offset 0 is out of range
+            }
         )
-        places = [TopicPartition(self.topic, number, 0) for number in range(PARTITIONS)]
-        left = self.arrived()
-        consumer.assign(places)
+        consumer.assign([TopicPartition(self.topic, number, 0) for number in range(PARTITIONS)])
         seen: set[int] = set()
         latest: defaultdict[Any, int] = defaultdict(lambda: -1)
         out_of_order = duplicates = 0
         first_at, last_at = float("inf"), 0.0
         deadline = time.monotonic() + _READ_SECONDS
+        while not (left := self.arrived()) and time.monotonic() < deadline:
+            time.sleep(0.1)
         try:
             while left > 0 and time.monotonic() < deadline:
                 for message in consumer.consume(min(left, 10_000), timeout=1):
+                    if message.error():
+                        raise KafkaException(message.error())
                     left -= 1
                     match = _NUMBER.search(message.value() or b"")
                     assert match, "a record without a number"

@@ -112,6 +112,7 @@ def _consume(bootstrap_servers: str, topic: str, events: int, pipe: Connection) 
             "bootstrap.servers": bootstrap_servers,
             "group.id": "latency",
             "enable.auto.commit": False,
+            "auto.offset.reset": "earliest",  # of a new topic a broker says at first that offset 0 is out of range
             "fetch.wait.max.ms": 5,
         }
     )

@@ -7,7 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from benchmarks.__main__ import main
 from benchmarks.arena import open_arena
 from benchmarks.drain import Incomplete, drain
 from benchmarks.lane import Backlog, Lane
@@ -54,6 +56,16 @@ class LosingRelay(Relay):
     def start(self, lane: Lane) -> AbstractContextManager[subprocess.Popen[bytes]]:
         environment = {**self.environment(lane), "PYTHONPATH": str(ROOT / "tests")}
         return running([sys.executable, "-m", "fault.broken_relay", "drops_a_row"], environment)
+
+
+def test_what_failed_is_told_and_charts_show_the_rest(
+    postgres: str, kafka: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.__main__.make_peer", lambda _: LosingRelay())
+    servers = [f"--postgres={postgres}", f"--kafka={kafka}"]
+    arguments = ["--quick", *servers, "--scenario=drain-bulk", "--peer=cdc-outbox", f"--charts={tmp_path}"]
+    result = CliRunner().invoke(main, arguments)
+    assert (result.exit_code, "1 missing" in result.output) == (4, True), result.output
 
 
 def test_no_figure_for_a_relay_that_loses_an_event(postgres: str, kafka: str) -> None:
