@@ -1,10 +1,27 @@
-"""``once`` with asyncpg."""
+"""The inbox with asyncpg."""
 
-from cdc_outbox.inbox import Message, NoMessageId, NoTransaction, OpenTransaction
-from cdc_outbox.inbox.once import AsyncInboxOf
+from cdc_outbox.inbox import (
+    IdempotencyKeyReused,
+    InProgress,
+    Message,
+    NoMessageId,
+    NotParked,
+    NoTransaction,
+    OpenTransaction,
+)
+from cdc_outbox.inbox.any_driver import AsyncInboxOf
 from cdc_outbox.transactions import Rows, Statement, asyncpg
 
-__all__ = ["AsyncInbox", "Message", "NoMessageId", "NoTransaction", "OpenTransaction"]
+__all__ = [
+    "AsyncInbox",
+    "IdempotencyKeyReused",
+    "InProgress",
+    "Message",
+    "NoMessageId",
+    "NoTransaction",
+    "NotParked",
+    "OpenTransaction",
+]
 
 
 class AsyncInbox(AsyncInboxOf[asyncpg.Connection]):

@@ -1,10 +1,27 @@
-"""``once`` with any driver of Python's Database API (PEP 249): psycopg2, pg8000 and their like."""
+"""The inbox with any driver of Python's Database API (PEP 249): psycopg2, pg8000 and their like."""
 
-from cdc_outbox.inbox import Message, NoMessageId, NoTransaction, OpenTransaction
-from cdc_outbox.inbox.once import InboxOf
+from cdc_outbox.inbox import (
+    IdempotencyKeyReused,
+    InProgress,
+    Message,
+    NoMessageId,
+    NotParked,
+    NoTransaction,
+    OpenTransaction,
+)
+from cdc_outbox.inbox.any_driver import InboxOf
 from cdc_outbox.transactions import Rows, Statement, dbapi
 
-__all__ = ["Inbox", "Message", "NoMessageId", "NoTransaction", "OpenTransaction"]
+__all__ = [
+    "IdempotencyKeyReused",
+    "InProgress",
+    "Inbox",
+    "Message",
+    "NoMessageId",
+    "NoTransaction",
+    "NotParked",
+    "OpenTransaction",
+]
 
 
 class Inbox(InboxOf[dbapi.Connection]):

@@ -17,6 +17,8 @@ _LONGEST_ID_BYTES: Final = 1_000
 _LONGEST_SOURCE_BYTES: Final = 500
 
 Headers: TypeAlias = Mapping[str, Any] | Iterable[tuple[str, Any]]
+#: Topic, partition, offset.
+_Place: TypeAlias = tuple[str, int | None, int | None]
 
 
 class NoMessageId(ValueError):
@@ -83,6 +85,9 @@ class Message:
     source: str = ""
     #: the relay's own, which orders an aggregate's events; None where it is not turned on
     sequence: str | None = None
+    topic: str = ""
+    partition: int | None = None
+    offset: int | None = None
     headers: Mapping[str, str | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,11 +105,48 @@ class Message:
         """It was a dead letter once: later events of its aggregate may have come before it."""
         return "cdc-outbox-redriven" in self.headers
 
+    @property
+    def place(self) -> str:
+        """In Kafka, as people write it: ``orders[3]@1200``."""
+        return name_of(self.topic, self.partition, self.offset)
+
     @classmethod
-    def from_headers(
-        cls, headers: Headers, *, key: str | bytes | None, value: Any, committed_at: datetime | None, source: str = ""
+    def nameless(cls, message: ConfluentMessage, *, source: str = "") -> Self:
+        """Of a message that has no id: to be parked, under the name of its place. Two copies of an event are two."""
+        topic, partition, offset = message.topic() or "", message.partition(), message.offset()
+        _, timestamp_ms = message.timestamp()
+        try:
+            recorded_at = _time(timestamp_ms, (topic, partition, offset))
+        except ValueError:
+            recorded_at = datetime.fromtimestamp(0, UTC)
+        return cls(
+            f"{name_of(topic, partition, offset)} {timestamp_ms}",
+            recorded_at,
+            key=_text(message.key()),
+            value=message.value(),
+            source=source,
+            topic=topic,
+            partition=partition,
+            offset=offset,
+            headers={name: _text(content) for name, content in message.headers() or ()},
+        )
+
+    @classmethod
+    def from_headers(  # noqa: PLR0913 - a record has that many parts
+        cls,
+        headers: Headers,
+        *,
+        key: str | bytes | None,
+        value: Any,
+        committed_at: datetime | None,
+        source: str = "",
+        topic: str = "",
+        partition: int | None = None,
+        offset: int | None = None,
     ) -> Self:
         """From a record of any client. Of several headers that could be the id the first is: the relay's come first.
+
+        Who parks, or asks for what is ``newer``, gives the topic: it is a part of the aggregate's name.
 
         Raises NoMessageId.
         """
@@ -124,6 +166,9 @@ class Message:
             type=texts.get(f"{prefix}type"),
             source=source,
             sequence=texts.get(f"{prefix}sequence"),
+            topic=topic,
+            partition=partition,
+            offset=offset,
             headers=texts,
         )
 
@@ -133,17 +178,15 @@ class Message:
         if message.error() is not None:
             raise ValueError(f"not a message, but an error: {message.error()}")
         kind, timestamp_ms = message.timestamp()
-        is_create_time = kind == _CREATE_TIME_CONFLUENT
-        place = f"{message.topic()}[{message.partition()}]@{message.offset()}"
-        committed_at = _time(timestamp_ms, place) if is_create_time else None
+        place = (message.topic() or "", message.partition(), message.offset())
+        committed_at = _time(timestamp_ms, place) if kind == _CREATE_TIME_CONFLUENT else None
         return cls._of_record(message.headers(), message.key(), message.value(), committed_at, source, place)
 
     @classmethod
     def from_aiokafka(cls, record: AiokafkaRecord, *, source: str = "") -> Self:
         """Raises NoMessageId."""
-        is_create_time = record.timestamp_type == _CREATE_TIME_AIOKAFKA
-        place = f"{record.topic}[{record.partition}]@{record.offset}"
-        committed_at = _time(record.timestamp, place) if is_create_time else None
+        place = (record.topic, record.partition, record.offset)
+        committed_at = _time(record.timestamp, place) if record.timestamp_type == _CREATE_TIME_AIOKAFKA else None
         return cls._of_record(record.headers, record.key, record.value, committed_at, source, place)
 
     @classmethod
@@ -157,12 +200,27 @@ class Message:
 
     @classmethod
     def _of_record(
-        cls, headers: Headers | None, key: Any, value: Any, committed_at: datetime | None, source: str, place: str
+        cls, headers: Headers | None, key: Any, value: Any, committed_at: datetime | None, source: str, place: _Place
     ) -> Self:
+        topic, partition, offset = place
         try:
-            return cls.from_headers(headers or (), key=key, value=value, committed_at=committed_at, source=source)
+            return cls.from_headers(
+                headers or (),
+                key=key,
+                value=value,
+                committed_at=committed_at,
+                source=source,
+                topic=topic,
+                partition=partition,
+                offset=offset,
+            )
         except NoMessageId as error:
-            raise NoMessageId(f"message {place}: {error}") from None
+            raise NoMessageId(f"message {name_of(*place)}: {error}") from None
+
+
+def name_of(topic: str, partition: int | None, offset: int | None) -> str:
+    """Of a record's place, as people write it: ``orders[3]@1200``."""
+    return f"{topic}[{partition}]@{offset}"
 
 
 def is_storable(text: str, *, longest_bytes: int) -> bool:
@@ -173,11 +231,13 @@ def is_storable(text: str, *, longest_bytes: int) -> bool:
         return False
 
 
-def _time(timestamp_ms: int, place: str) -> datetime:
+def _time(timestamp_ms: int, place: _Place) -> datetime:
     try:
         return datetime.fromtimestamp(timestamp_ms / 1000, UTC)
     except (ValueError, OverflowError, OSError):
-        raise ValueError(f"message {place}: its timestamp {timestamp_ms} is no time in milliseconds") from None
+        raise ValueError(
+            f"message {name_of(*place)}: its timestamp {timestamp_ms} is no time in milliseconds"
+        ) from None
 
 
 def _id(content: str | bytes) -> str:

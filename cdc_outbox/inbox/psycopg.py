@@ -1,14 +1,32 @@
-"""``once`` with psycopg 3."""
+"""The inbox with psycopg 3."""
 
 from typing import Any
 
 from psycopg import AsyncConnection, Connection
 
-from cdc_outbox.inbox import Message, NoMessageId, NoTransaction, OpenTransaction
-from cdc_outbox.inbox.once import AsyncInboxOf, InboxOf
+from cdc_outbox.inbox import (
+    IdempotencyKeyReused,
+    InProgress,
+    Message,
+    NoMessageId,
+    NotParked,
+    NoTransaction,
+    OpenTransaction,
+)
+from cdc_outbox.inbox.any_driver import AsyncInboxOf, InboxOf
 from cdc_outbox.transactions import Rows, Statement, psycopg
 
-__all__ = ["AsyncInbox", "Inbox", "Message", "NoMessageId", "NoTransaction", "OpenTransaction"]
+__all__ = [
+    "AsyncInbox",
+    "IdempotencyKeyReused",
+    "InProgress",
+    "Inbox",
+    "Message",
+    "NoMessageId",
+    "NoTransaction",
+    "NotParked",
+    "OpenTransaction",
+]
 
 
 class Inbox(InboxOf[Connection[Any]]):

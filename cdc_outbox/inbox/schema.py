@@ -3,17 +3,27 @@
 import re
 
 from cdc_outbox import shipped_sql
+from cdc_outbox.inbox.table import beside
 from cdc_outbox.transactions import quoted_table
+
+#: What stands beside the inbox, named after it.
+BESIDE = ("parked", "attempt", "version", "request")
 
 
 def sql(table: str = "public.inbox", *, partitioned: bool = False) -> str:
-    """A script that may run again: sql/inbox/plain.sql or partitioned.sql, for the table that is named.
+    """One statement that may be run again: the files of sql/inbox/, for the table that is named.
 
     Of a partitioned one, run it daily: it makes the coming days' partitions. Raises ValueError for what is no name.
     """
-    name = quoted_table(table)
-    if "$$" in name or not name.isprintable():
+    names = {"": quoted_table(table), **{f"_{name}": beside(table, name) for name in BESIDE}}
+    if "$$" in names[""] or not names[""].isprintable():
         raise ValueError(f"{table!r} has two dollar signs or a line's end in it, which a script cannot hold")
-    literal = "'" + name.replace("'", "''") + "'"
-    text = shipped_sql.read("inbox/partitioned.sql" if partitioned else "inbox/plain.sql")
-    return re.sub(r"('?)public\.inbox\1", lambda found: literal if found[1] else name, text)
+
+    def named(found: re.Match[str]) -> str:
+        name = names[found[2]]
+        return "'" + name.replace("'", "''") + "'" if found[1] else name
+
+    files = ("partitioned" if partitioned else "plain", *BESIDE)
+    blocks = [shipped_sql.read(f"inbox/{file}.sql").replace("DO $$", "").replace(" $$;", ";") for file in files]
+    script = "DO $$ BEGIN\n\n" + "\n".join(blocks) + "\nEND $$;\n"
+    return re.sub(rf"('?)public\.inbox((?:_(?:{'|'.join(BESIDE)}))?)\1", named, script)

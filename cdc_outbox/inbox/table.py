@@ -5,16 +5,24 @@ waits for that transaction to end: if it commits, the message is a duplicate, if
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import timedelta
 from typing import Final
 
+from cdc_outbox.inbox.attempts import AttemptTable
 from cdc_outbox.inbox.message import Message, is_storable
-from cdc_outbox.transactions import Rows, Statement, Steps, quoted_table
+from cdc_outbox.inbox.parking import ParkedTable
+from cdc_outbox.inbox.requests import RequestTable
+from cdc_outbox.inbox.versions import VersionTable
+from cdc_outbox.transactions import Statement, Steps, parse_table, quoted, quoted_table
 
 #: 8 kB each: some thousands of rows in a transaction, a fraction of a second.
 _BLOCKS_AT_A_TIME: Final = 64
+#: Of the tables beside it.
+_ROWS_AT_A_TIME: Final = 2_000
 _LONGEST_CONSUMER_BYTES: Final = 500
+#: PostgreSQL cuts off what is longer.
+_LONGEST_NAME_BYTES: Final = 63
 
 
 class InboxTable:
@@ -31,21 +39,37 @@ class InboxTable:
             raise ValueError("an inbox needs the consumer's name, the same in every process that does the same work")
         self._consumer = consumer
         self._table = quoted_table(table)
-        self._insert: Final = _insert(self._table)
+        self._insert = _insert(self._table)
+        self._parked = ParkedTable(consumer, beside(table, "parked"))
+        self._attempts = AttemptTable(consumer, beside(table, "attempt"))
+        self._versions = VersionTable(consumer, beside(table, "version"))
+        self._requests = RequestTable(consumer, beside(table, "request"))
+        self._forget = [
+            _forget(beside(table, "parked"), "consumer", "AND state IN ('handled', 'discarded')"),
+            _forget(beside(table, "attempt"), "consumer"),
+            _forget(beside(table, "request"), "scope"),
+        ]
 
-    def _keys(self, messages: Iterable[Message]) -> str:
-        """The parameter of the insert."""
+    def _fresh(self, given: Iterable[Message]) -> Steps[list[Message]]:
+        """Those that were not there before, in the order given; of copies among them the first."""
+        messages = list(given)
+        if not messages:
+            return []
         keys = [
             [message.source, message.id, message.committed_at and message.committed_at.isoformat()]
             for message in messages
         ]
-        return json.dumps({"consumer": self._consumer, "messages": keys}, ensure_ascii=False)
+        parameter = json.dumps({"consumer": self._consumer, "messages": keys}, ensure_ascii=False)
+        return [messages[place - 1] for (place,) in (yield self._insert, parameter)]
 
-    def _fresh(self, messages: Sequence[Message], places: Rows) -> list[Message]:
-        """Those that were not there before, in the order given; of copies among them the first."""
-        return [messages[place - 1] for (place,) in places]
+    def _park(self, message: Message, error: object, attempts: int) -> Steps[None]:
+        """Raises TypeError for a value that cannot be kept."""
+        if (yield from self._fresh([message])):
+            yield from self._parked.park([message], state="retry", error=error, attempts=attempts)
+        else:
+            yield from self._parked.fail(message, error=error, attempts=attempts)
 
-    def _pruning(self, older_than: timedelta) -> Steps:
+    def _pruning(self, older_than: timedelta) -> Steps[int]:
         """Statements that drop past partitions and delete old rows a few blocks at a time; returns how many rows.
 
         Raises ValueError.
@@ -53,15 +77,28 @@ class InboxTable:
         if older_than < timedelta():
             raise ValueError(f"older_than is {older_than}: nothing was processed in the future")
         age = {"consumer": self._consumer, "seconds": older_than.total_seconds()}
-        for (partition,) in (yield _find_past_partitions(self._table), json.dumps(age, ensure_ascii=False)) or []:
+        parameter = json.dumps(age, ensure_ascii=False)
+        for (partition,) in (yield _find_past_partitions(self._table), parameter):
             yield _drop(partition, self._consumer, older_than.total_seconds()), None
-        places = yield _find_old(self._table), json.dumps(age, ensure_ascii=False)
         deleted = 0
-        for table, block in places or []:
+        for table, block in (yield _find_old(self._table), parameter):
             here = {**age, "first": block, "end": block + _BLOCKS_AT_A_TIME}
-            ((count,),) = (yield _delete(table), json.dumps(here, ensure_ascii=False)) or [(0,)]
+            ((count,),) = yield _delete(table), json.dumps(here, ensure_ascii=False)
             deleted += count
+        for forget in self._forget:
+            count = _ROWS_AT_A_TIME
+            while count == _ROWS_AT_A_TIME:
+                ((count,),) = yield forget, parameter
+                deleted += count
         return deleted
+
+
+def beside(table: str, name: str) -> str:
+    """A table that belongs to the inbox, quoted: ``"app"."inbox_parked"``. Raises ValueError."""
+    schema, inbox = parse_table(table)
+    if len(f"{inbox}_{name}".encode()) > _LONGEST_NAME_BYTES:
+        raise ValueError(f"table name {inbox!r} is too long: others are named after it, with _{name} at the end")
+    return f"{quoted(schema)}.{quoted(f'{inbox}_{name}')}"
 
 
 def _insert(table: str) -> Statement:
@@ -72,11 +109,11 @@ def _insert(table: str) -> Statement:
     drivers that give text back as bytes.
     """
     return Statement(
-        "WITH given AS (SELECT CAST(CAST(",
-        f""" AS text) AS json) AS given), message AS (
-            SELECT given ->> 'consumer' AS consumer, entry ->> 0 AS source, entry ->> 1 AS message_id,
+        "WITH given AS MATERIALIZED (SELECT * FROM json_to_record(CAST(CAST(",
+        f""" AS text) AS json)) AS given (consumer text, messages json)), message AS (
+            SELECT consumer, entry ->> 0 AS source, entry ->> 1 AS message_id,
                    CAST(entry ->> 2 AS timestamptz) AS committed_at, place
-              FROM given, json_array_elements(given -> 'messages') WITH ORDINALITY AS one (entry, place)
+              FROM given, json_array_elements(messages) WITH ORDINALITY AS one (entry, place)
         ), written AS (
             INSERT INTO {table} (consumer, source, message_id, committed_at)
             SELECT consumer, source, message_id, committed_at FROM message ORDER BY consumer, source, message_id, place
@@ -167,6 +204,21 @@ def _delete(table: str) -> Statement:
                AND event.ctid < (SELECT CAST('(' || "end" || ',0)' AS tid) FROM age) AND {_IS_OLD}
                FOR UPDATE SKIP LOCKED
         ), gone AS (DELETE FROM ONLY {table} AS event USING old WHERE event.ctid = old.place RETURNING 1)
+        SELECT count(*) FROM gone""",
+        returns=True,
+    )
+
+
+def _forget(table: str, owner: str, condition: str = "") -> Statement:
+    """How many old rows it deleted, of a table beside the inbox. What is locked is passed over."""
+    return Statement(
+        _AGE[0],
+        f"""{_AGE[1]}, old AS (
+            SELECT event.ctid AS place FROM {table} AS event
+             WHERE event.{owner} = (SELECT consumer FROM age) {condition}
+               AND event.changed_at < now() - make_interval(secs => (SELECT seconds FROM age))
+             LIMIT {_ROWS_AT_A_TIME} FOR UPDATE SKIP LOCKED
+        ), gone AS (DELETE FROM {table} AS event USING old WHERE event.ctid = old.place RETURNING 1)
         SELECT count(*) FROM gone""",
         returns=True,
     )

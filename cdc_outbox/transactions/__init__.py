@@ -13,9 +13,10 @@ import re
 import string
 from collections.abc import Awaitable, Callable, Generator
 from dataclasses import dataclass
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, TypeVar
 
 Rows: TypeAlias = list[tuple[Any, ...]]
+R = TypeVar("R")
 
 #: A name as SQL takes it: quoted, or letters, digits, underscores and dollar signs.
 _NAME: Final = re.compile(r'"((?:[^"\0]|"")+)"|([^\W\d][\w$]*)')
@@ -58,30 +59,45 @@ class Statement:
 #: First in a transaction. Its later statements then see what others have committed before each of them.
 READ_COMMITTED: Final = Statement("SET TRANSACTION ISOLATION LEVEL READ COMMITTED")
 
-#: What is to be run next, and with which parameter; each is sent the rows of the one before, and the last one counts.
-Steps: TypeAlias = Generator[tuple[Statement, str | None], Rows | None, int]
+#: What is to be run next, and with which parameter; is sent the rows of each, and returns what they mean.
+Steps: TypeAlias = Generator[tuple[Statement, str | None], Rows, R]
 
 
-def run_each(steps: Steps, run_alone: Callable[[Statement, str | None], Rows]) -> int:
-    """Run them one after the other, each in a transaction of its own."""
-    rows: Rows | None = None
-    while True:
-        try:
-            step = steps.send(rows)
-        except StopIteration as end:
-            return int(end.value)
-        rows = run_alone(*step)
+def run_each(steps: Steps[R], run: Callable[[Statement, str | None], Rows]) -> R:
+    """Run them one after the other."""
+    try:
+        step = next(steps)
+        while True:
+            step = steps.send(run(*step))
+    except StopIteration as end:
+        result: R = end.value
+        return result
 
 
-async def run_each_async(steps: Steps, run_alone: Callable[[Statement, str | None], Awaitable[Rows]]) -> int:
+async def run_each_async(steps: Steps[R], run: Callable[[Statement, str | None], Awaitable[Rows]]) -> R:
     """As ``run_each``."""
-    rows: Rows | None = None
-    while True:
-        try:
-            step = steps.send(rows)
-        except StopIteration as end:
-            return int(end.value)
-        rows = await run_alone(*step)
+    try:
+        step = next(steps)
+        while True:
+            step = steps.send(await run(*step))
+    except StopIteration as end:
+        result: R = end.value
+        return result
+
+
+def sqlstate(error: BaseException) -> str:
+    """The server's code of it, five characters, however the driver tells it; empty for what is not the server's.
+
+    Source: the manual's appendix A, PostgreSQL Error Codes.
+    """
+    for told in (error, getattr(error, "orig", None), error.__cause__):  # SQLAlchemy wraps a driver's error, Django too
+        code = getattr(told, "sqlstate", None) or getattr(told, "pgcode", None)
+        arguments = getattr(told, "args", ())
+        if not code and arguments and isinstance(arguments[0], dict):  # pg8000's
+            code = arguments[0].get("C")
+        if isinstance(code, str):
+            return code
+    return ""
 
 
 def quoted(name: str) -> str:

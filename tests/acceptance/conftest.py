@@ -1,11 +1,14 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cdc_outbox.demo.relay import RelayProcess
-from support.world import World  # noqa: TC001 - a fixture's annotations are read
+from cdc_outbox.inbox import schema as inbox_sql
+from support.applications import Application, Psycopg, Start
+from support.world import World
 
 StartRelay = Callable[..., RelayProcess]
 
@@ -27,3 +30,24 @@ def start_relay(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Star
             return relay
 
         yield start
+
+
+@pytest.fixture(params=["plain", "partitioned"])
+def consuming(request: pytest.FixtureRequest, world: World) -> World:
+    """A world with an inbox, and a table for the effects of what is consumed."""
+    world.db.execute(inbox_sql.sql(partitioned=request.param == "partitioned").encode())
+    world.db.execute("CREATE TABLE effect (message_id text)")
+    return world
+
+
+@pytest.fixture
+def start(consuming: World) -> Iterator[Start]:
+    started: list[Application] = []
+
+    def start(kind: type[Application] = Psycopg, **options: Any) -> Application:
+        started.append(kind(consuming.dsn, **options))
+        return started[-1]
+
+    yield start
+    for application in started:
+        application.close()

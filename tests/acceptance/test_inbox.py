@@ -2,7 +2,6 @@
 
 import threading
 import time
-from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -25,6 +24,8 @@ from support.applications import (
     Psycopg,
     Psycopg2,
     SqlalchemyAsyncConnection,
+    Start,
+    a_message,
     django_connections,
     make_emit,
     url,
@@ -33,32 +34,7 @@ from support.command import run
 from support.waiting import wait_until
 from support.world import World, make_world
 
-Start = Callable[..., Application]
 WEEK = timedelta(days=7)
-
-
-@pytest.fixture(params=["plain", "partitioned"])
-def consuming(request: pytest.FixtureRequest, world: World) -> World:
-    world.db.execute(inbox_sql.sql(partitioned=request.param == "partitioned").encode())
-    world.db.execute("CREATE TABLE effect (message_id text)")
-    return world
-
-
-@pytest.fixture
-def start(consuming: World) -> Iterator[Callable[..., Application]]:
-    started: list[Application] = []
-
-    def start(kind: type[Application] = Psycopg, **options: Any) -> Application:
-        started.append(kind(consuming.dsn, **options))
-        return started[-1]
-
-    yield start
-    for application in started:
-        application.close()
-
-
-def a_message(message_id: str = "0190163d-8694-739b-aea5-966c26f8ad91", **more: Any) -> Message:
-    return Message(message_id, **{"committed_at": datetime.now(UTC), **more})
 
 
 def effects(world: World) -> list[str]:
@@ -510,10 +486,21 @@ class TestTables:
           FROM pg_attribute LEFT JOIN pg_attrdef ON adrelid = attrelid AND adnum = attnum
          WHERE attrelid = %(table)s::regclass AND attnum > 0 ORDER BY attnum"""
     INDEXES = "SELECT pg_get_indexdef(indexrelid) FROM pg_index WHERE indrelid = %(table)s::regclass ORDER BY 1"
+    SUFFIXES = ("", *(f"_{name}" for name in inbox_sql.BESIDE))
     KIND = "SELECT relkind::text, pg_get_partkeydef(oid) FROM pg_class WHERE oid = %(table)s::regclass"
 
     def shape(self, world: World, table: str = "public.inbox") -> list[Any]:
         return [world.db.execute(q, {"table": table}).fetchall() for q in (self.COLUMNS, self.INDEXES, self.KIND)]
+
+    def all_shapes(self, world: World) -> list[Any]:
+        return [self.shape(world, f"public.inbox{suffix}") for suffix in self.SUFFIXES] + [
+            world.db.execute(
+                "SELECT conrelid::regclass::text, conname::text, pg_get_constraintdef(oid) FROM pg_constraint"
+                " WHERE conrelid = ANY (%s::regclass[]) AND contype IN ('c', 'u', 'p') ORDER BY 1, 2",
+                [[f"inbox_{name}" for name in inbox_sql.BESIDE]],
+            ).fetchall(),
+            world.db.execute("SELECT relname, reloptions FROM pg_class WHERE relname = 'inbox_version'").fetchall(),
+        ]
 
     @pytest.fixture(params=["", "partitioned"], ids=["plain", "partitioned"])
     def partitioned(self, request: pytest.FixtureRequest) -> str:
@@ -525,14 +512,15 @@ class TestTables:
         from cdc_outbox.inbox.sqlalchemy import inbox_tables
 
         metadata = sa.MetaData()
-        (table,) = inbox_tables(metadata, partitioned=bool(partitioned))
+        table, *others = inbox_tables(metadata, partitioned=bool(partitioned))
         engine = sa.create_engine(url(world.dsn, "postgresql+psycopg"))
         metadata.create_all(engine)
-        made = self.shape(world)
+        made = self.all_shapes(world)
         metadata.drop_all(engine)
         engine.dispose()
         world.db.execute(inbox_sql.sql(partitioned=bool(partitioned)).encode())
-        assert made == self.shape(world)
+        assert made == self.all_shapes(world)
+        assert [other.name for other in others] == [f"inbox_{name}" for name in inbox_sql.BESIDE]
         assert inbox_tables(sa.MetaData(), table="app.inbox")[0].schema == "app"
         assert table.schema is None
 
@@ -541,13 +529,13 @@ class TestTables:
 
         application = Django(world.dsn)
         call_command("migrate", database=application.connection, verbosity=0, interactive=False)
-        made = self.shape(world)
+        made = self.all_shapes(world)
         events = world.db.execute(self.COLUMNS, {"table": "public.outbox"}).fetchall()
         call_command("migrate", "cdc_outbox_inbox", "zero", database=application.connection, verbosity=0)
         django_connections()[application.connection].close()
         application.close()
         world.db.execute(inbox_sql.sql().encode())
-        assert made == self.shape(world)
+        assert made == self.all_shapes(world)
         world.migrate()  # the relay's side comes on top of the table that Django made
         assert events == world.db.execute(self.COLUMNS, {"table": "public.outbox"}).fetchall()
 
@@ -557,15 +545,15 @@ class TestTables:
         done = run(world.environment, "migrate", "inbox", "up", *option)
         assert (done.exit_code, done.err) == (0, "")
         assert done.out.splitlines()[0] == "make table inbox"
-        assert len(done.out.splitlines()) == (18 if partitioned else 1)
-        made = self.shape(world)
+        assert len(done.out.splitlines()) == (22 if partitioned else 5)
+        made = self.all_shapes(world)
         again = run(world.environment, "migrate", "inbox", "up", *option)
         assert (again.exit_code, again.out) == (0, "nothing to do\n")
         script = run(world.environment, "migrate", "inbox", "sql", *option)
         assert script.exit_code == 0
-        world.db.execute("DROP TABLE inbox")
+        world.db.execute("DROP TABLE inbox, inbox_parked, inbox_attempt, inbox_version, inbox_request")
         world.db.execute(script.out.encode())
-        assert self.shape(world) == made
+        assert self.all_shapes(world) == made
 
     def test_of_another_name(self, world: World, partitioned: str) -> None:
         world.db.execute('CREATE SCHEMA "It\'s % mine"')
@@ -579,14 +567,17 @@ class TestTables:
         inbox = Consumer(application, "billing", table=table)
         with application.inside(application.transaction()):
             assert inbox.once(a_message("x"))
-        assert inbox.prune(timedelta()) == 1
+            inbox.call("park", a_message("y"), "broken")
+            assert inbox.call("newer", a_message("z", key="k"), version=1)
+            inbox.store(inbox.call("request", "a-key", b""), {})
+        assert inbox.prune(timedelta()) == 3
         application.close()
 
     def test_a_table_that_is_something_else_is_not_touched(self, world: World) -> None:
         world.db.execute("CREATE TABLE inbox (mail text)")
         refused = run(world.environment, "migrate", "inbox", "up")
         assert refused.exit_code == 3
-        assert 'table "public"."inbox" is there, and it is no inbox' in refused.err
+        assert 'table "public"."inbox" is there, and it is not the inbox' in refused.err
         assert "--table" in refused.err
         world.db.execute("DROP TABLE inbox")
         world.db.execute(inbox_sql.sql().encode())
@@ -603,6 +594,14 @@ class TestTables:
         nowhere = run(world.environment, "migrate", "inbox", "up", "--table", "nowhere.inbox")
         assert nowhere.exit_code == 3
         assert 'schema "nowhere" does not exist -- make the schema first' in nowhere.err
+        long = run(world.environment, "migrate", "inbox", "up", "--table", "x" * 56)
+        assert long.exit_code == 2
+        assert "is too long" in long.err
+        world.db.execute("ALTER TABLE inbox ADD PRIMARY KEY (consumer, source, message_id)")
+        world.db.execute("DROP TABLE inbox_version; CREATE TABLE inbox_version (of_what text)")
+        refused = run(world.environment, "migrate", "inbox", "up")
+        assert refused.exit_code == 3
+        assert 'table "public"."inbox_version" is there' in refused.err
         wrong = run(world.environment, "migrate", "inbox", "sql", "--table", "a.b.c")
         assert wrong.exit_code == 2
         assert "'a.b.c' is not a table name" in wrong.err

@@ -6,9 +6,9 @@ All are driven alike, so that one test says of all of them what holds. The async
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, ExitStack, contextmanager
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import UUID
 
 import asyncpg
@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import NullPool
 
+from cdc_outbox.inbox import Message
 from cdc_outbox.outbox import Event
 
 
@@ -54,6 +55,9 @@ class Application:
 
     def close(self) -> None:
         self.stack.close()
+
+    def leave_thread(self) -> None:
+        """At the end of a thread that used it."""
 
     def finish(self, result: Any) -> Any:
         return result
@@ -258,6 +262,12 @@ class Django(Application):
     def call(self, method: Callable[..., Any], *arguments: Any, **more: Any) -> Any:
         return method(*arguments, **more, using=self.connection)
 
+    def leave_thread(self) -> None:
+        django_connections()[self.connection].close()  # each thread has one of its own
+
+
+#: Makes an application of a kind: ``start(kind, autocommit=False)``.
+Start: TypeAlias = Callable[..., Application]
 
 ALL: list[type[Application]] = [
     Psycopg,
@@ -315,6 +325,10 @@ def make_emit_many(application: Application, **options: Any) -> Callable[[Iterab
     return lambda events: application.call(outbox.emit_many, events)
 
 
+def a_message(message_id: str = "0190163d-8694-739b-aea5-966c26f8ad91", **more: Any) -> Message:
+    return Message(message_id, **{"committed_at": datetime.now(UTC), **more})
+
+
 class Consumer:
     """The Inbox of an application."""
 
@@ -330,6 +344,13 @@ class Consumer:
 
     def prune(self, older_than: timedelta) -> int:
         return int(self._application.call(self._inbox.prune, older_than))
+
+    def call(self, name: str, *arguments: Any, **more: Any) -> Any:
+        """Any of its methods, on the application's connection."""
+        return self._application.call(getattr(self._inbox, name), *arguments, **more)
+
+    def store(self, request: Any, response: Any) -> Any:
+        return self._application.finish(request.store(response))
 
 
 def _class(application: Application, package: str, name: str) -> Any:

@@ -32,9 +32,9 @@ _LEVELS = {"debug", "info", "warning", "error"}
 
 
 def logged() -> set[str]:
-    """Every literal that is logged as an event, in all of the package."""
-    names = set()
-    for path in Path(cdc_outbox.__file__).parent.rglob("*.py"):
+    """Every literal that is logged as an event, in all of the package but what runs in applications."""
+    names, package = set(), Path(cdc_outbox.__file__).parent
+    for path in set(package.rglob("*.py")) - set((package / "inbox").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if (
                 isinstance(node, ast.Call)

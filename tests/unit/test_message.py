@@ -36,7 +36,7 @@ def aiokafka(headers: Any, **more: Any) -> Any:
             "value": b"{}",
             "timestamp": TIMESTAMP_MS,
             "timestamp_type": 0,
-            "topic": "t",
+            "topic": "outbox.account",
             "partition": 3,
             "offset": 42,
             **more,
@@ -50,13 +50,14 @@ def aiokafka(headers: Any, **more: Any) -> Any:
     [(PLAIN, "opened", None), (CLOUDEVENTS, "opened", "0f"), (DEBEZIUM, None, None)],
 )
 def test_every_style_from_every_client(headers: Any, kind: str | None, sequence: str | None) -> None:
+    place: Any = {"topic": "outbox.account", "partition": 3, "offset": 42}
     messages = [
         Message.from_confluent(confluent(headers)),
         Message.from_aiokafka(aiokafka(headers)),
         Message.from_faststream(SimpleNamespace(raw_message=confluent(headers))),
         Message.from_faststream(SimpleNamespace(raw_message=aiokafka(headers))),
-        Message.from_headers(headers, key=b"a-1", value=b"{}", committed_at=AT),
-        Message.from_headers(dict(headers), key="a-1", value=b"{}", committed_at=AT),
+        Message.from_headers(headers, key=b"a-1", value=b"{}", committed_at=AT, **place),
+        Message.from_headers(dict(headers), key="a-1", value=b"{}", committed_at=AT, **place),
     ]
     (message,) = {message.id: message for message in messages}.values()
     assert all(other == message for other in messages)

@@ -1,42 +1,94 @@
-"""``once`` with Django: the connection is named by its alias, as everywhere in Django.
+"""The inbox with Django: the connection is named by its alias, as everywhere in Django.
 
-As an application of Django's (``"cdc_outbox.inbox.django"`` in INSTALLED_APPS) it brings the migration of the table.
+As an application of Django's (``"cdc_outbox.inbox.django"`` in INSTALLED_APPS) it brings the migration of the tables.
 """
 
 from collections.abc import Iterable
 from datetime import timedelta
-from functools import partial
 
-from cdc_outbox.inbox import Message, NoMessageId, NoTransaction, OpenTransaction
-from cdc_outbox.inbox.table import InboxTable
-from cdc_outbox.transactions import django, run_each
+from cdc_outbox.inbox import (
+    IdempotencyKeyReused,
+    InProgress,
+    Message,
+    NoMessageId,
+    NotParked,
+    NoTransaction,
+    OpenTransaction,
+)
+from cdc_outbox.inbox.any_driver import InboxOf, Request
+from cdc_outbox.transactions import Rows, Statement, django
 
-__all__ = ["Inbox", "Message", "NoMessageId", "NoTransaction", "OpenTransaction"]
+__all__ = [
+    "IdempotencyKeyReused",
+    "InProgress",
+    "Inbox",
+    "Message",
+    "NoMessageId",
+    "NoTransaction",
+    "NotParked",
+    "OpenTransaction",
+]
 
 
-class Inbox(InboxTable):
-    """Tells which messages are new, in the caller's transaction. Has no connection and no state: make one, keep it."""
+class _InboxOfAlias(InboxOf[str]):
+    def _run(self, connection: str, statement: Statement, parameter: str | None) -> Rows:
+        return django.run(connection, statement, parameter)
+
+    def _run_alone(self, connection: str, statement: Statement, parameter: str | None) -> Rows:
+        return django.run_alone(connection, statement, parameter)
+
+
+class Inbox:
+    """``any_driver.InboxOf``, whose methods say more, with ``using`` in the place of the connection.
+
+    They work in ``transaction.atomic(using=...)``, and raise NoTransaction outside, but for ``due`` and ``prune``,
+    which need a connection without one. Has no connection and no state: make one, keep it. Raises ValueError for a
+    consumer without a name, or a table that cannot be one.
+    """
+
+    def __init__(self, consumer: str, *, table: str = "public.inbox") -> None:
+        self._inbox = _InboxOfAlias(consumer, table=table)
 
     def once(self, message: Message, *, using: str = "default") -> bool:
-        """Whether ``message`` is new to this consumer. Then act on it, in this transaction.
-
-        If another session has it right now, this waits for that one's end (READ COMMITTED), or ends with Django's
-        OperationalError (REPEATABLE READ, SERIALIZABLE): roll back and try again. If you catch an error of the handling
-        and commit anyway, the message is lost. Raises NoTransaction, and what Django raises.
-        """
-        return bool(self.once_many([message], using=using))
+        """Whether ``message`` is new to this consumer. Then act on it, in this transaction."""
+        return self._inbox.once(using, message)
 
     def once_many(self, messages: Iterable[Message], *, using: str = "default") -> list[Message]:
-        """Those of ``messages`` that are new, in their order, with one statement. Else as ``once``."""
-        given = list(messages)
-        return self._fresh(given, django.run(using, self._insert, self._keys(given))) if given else []
+        """Those of ``messages`` that are new, in their order, with one statement."""
+        return self._inbox.once_many(using, messages)
+
+    def newer(self, message: Message, *, version: int | str | None = None, using: str = "default") -> bool:
+        """Whether it is of a later version than any of its aggregate before. Then write its state."""
+        return self._inbox.newer(using, message, version=version)
+
+    def request(self, key: str, body: bytes, *, using: str = "default") -> Request[str]:
+        """The request with this idempotency key: its ``replay``, or, if that is None, carry it out and ``store``."""
+        return self._inbox.request(using, key, body)
+
+    def park(self, message: Message, error: object, *, attempts: int = 1, using: str = "default") -> None:
+        """Take a message out of the way whose handling failed with ``error``."""
+        self._inbox.park(using, message, error, attempts=attempts)
+
+    def park_followers(self, messages: Iterable[Message], *, using: str = "default") -> list[Message]:
+        """Park those that follow a parked message of the same topic and key; returns the others, in their order."""
+        return self._inbox.park_followers(using, messages)
+
+    def due(self, *, attempts: int = 5, using: str = "default") -> Message | None:
+        """The next parked message whose turn it is to be tried again, or None."""
+        return self._inbox.due(using, attempts=attempts)
+
+    def retry(self, message: Message, *, using: str = "default") -> bool:
+        """Whether a message from ``due`` is still to be handled. Then act on it, in this transaction."""
+        return self._inbox.retry(using, message)
+
+    def unpark(self, message_id: str, *, source: str = "", using: str = "default") -> None:
+        """Have a parked message tried again, and after it what waits behind it, in order. Raises NotParked."""
+        self._inbox.unpark(using, message_id, source=source)
+
+    def discard(self, message_id: str, *, source: str = "", using: str = "default") -> None:
+        """Give a parked message up, and let what waits behind it go on. Raises NotParked."""
+        self._inbox.discard(using, message_id, source=source)
 
     def prune(self, older_than: timedelta, *, using: str = "default") -> int:
-        """Forget what this consumer handled longer than ``older_than`` ago; returns how many rows were deleted.
-
-        Works in many short transactions of its own; a consumer waits for it a tenth of a second at most. A message that
-        comes again afterwards is new: keep ids for longer than anybody may replay or redrive. Partitions that hold
-        nothing else are dropped, and not counted; that needs their ownership. Raises OpenTransaction, and what Django
-        raises.
-        """
-        return run_each(self._pruning(older_than), partial(django.run_alone, using))
+        """Forget what this consumer handled longer than ``older_than`` ago; returns how many rows were deleted."""
+        return self._inbox.prune(using, older_than)

@@ -1,4 +1,4 @@
-"""The plain table. For a partitioned one run ``schema.sql(partitioned=True)`` in a migration of your own instead."""
+"""The plain tables. For a partitioned one run ``schema.sql(partitioned=True)`` in a migration of your own instead."""
 
 from django.db import migrations
 

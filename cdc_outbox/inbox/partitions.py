@@ -1,0 +1,148 @@
+"""A consumer's side of Kafka: fetch, commit what is done, go back, wait. It survives rebalances and brokers away.
+
+The only state is the next offset of each partition, and which are new. Nothing that was fetched is kept over a wait:
+the consumer goes back to it, so that whoever has the partition then gets it.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from typing import Final, TypeAlias
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+_Partition: TypeAlias = tuple[str, int]
+
+_log: Final = logging.getLogger(__name__)
+_POLL_SECONDS: Final = 0.2
+#: What waiting does not mend.
+_OPERATOR: Final = frozenset(
+    {
+        KafkaError.TOPIC_AUTHORIZATION_FAILED,
+        KafkaError.GROUP_AUTHORIZATION_FAILED,
+        KafkaError.FENCED_INSTANCE_ID,
+        KafkaError.INVALID_GROUP_ID,
+        KafkaError._AUTO_OFFSET_RESET,  # noqa: SLF001 - librdkafka's own codes are named so
+    }
+)
+#: What is no news: the end of a partition; that it took longer than max.poll.interval.ms, which the next poll mends.
+_PASSED_OVER: Final = frozenset({KafkaError._PARTITION_EOF})  # noqa: SLF001
+
+
+class Partitions:
+    def __init__(self, consumer: Consumer, stopping: threading.Event) -> None:
+        self._consumer = consumer
+        self._stopping = stopping
+        #: of partitions that are assigned, and that something was handled of
+        self._next: dict[_Partition, int] = {}
+        self._assigned: set[_Partition] = set()
+        #: assigned, and nothing was handled yet
+        self._new: set[_Partition] = set()
+
+    def subscribe(self, topics: Sequence[str]) -> None:
+        self._consumer.subscribe(list(topics), on_revoke=self._on_revoke, on_lost=self._on_lost)
+
+    def fetch(self, count: int) -> list[Message]:
+        """What is there, up to ``count``; waits a little if there is nothing. Raises KafkaException."""
+        first = self._consumer.poll(_POLL_SECONDS)
+        if first is None:
+            return []
+        rest = self._consumer.consume(count - 1, 0) if count > 1 else []
+        self._look_at_assignment()
+        return [message for message in (first, *rest) if not _is_error(message.error())]
+
+    def are_new(self, messages: Iterable[Message]) -> bool:
+        """Whether one of them is of a partition that was assigned, and of which nothing was handled yet."""
+        return bool(self._new) and any(_partition(message) in self._new for message in messages)
+
+    def done(self, messages: Sequence[Message], *, at_once: bool) -> None:
+        """They are handled: commit their offsets, and wait until that is known if it is to be ``at_once``."""
+        offsets = {_partition(message): _offset(message) + 1 for message in messages}
+        self._next |= offsets
+        self._new -= offsets.keys()
+        self._commit(offsets, asynchronous=not at_once)
+
+    def go_back(self, messages: Iterable[Message]) -> None:
+        """The next to be fetched are these again; but of partitions that were revoked."""
+        for (topic, number), offset in {
+            _partition(message): _offset(message) for message in reversed([*messages])
+        }.items():
+            try:
+                self._consumer.seek(TopicPartition(topic, number, offset))
+            except KafkaException as error:
+                _log.debug("cannot go back to %s[%s]@%s: %s", topic, number, offset, error)
+
+    def wait(self, seconds: float) -> None:
+        """Fetch nothing, but keep polling, so that the group knows that this consumer lives."""
+        deadline = time.monotonic() + seconds
+        while not self._stopping.is_set() and (left := deadline - time.monotonic()) > 0:
+            self._consumer.pause(self._consumer.assignment())  # each time: another may have been assigned
+            message = self._consumer.poll(min(left, _POLL_SECONDS))
+            if message is not None and not _is_error(message.error()):
+                self.go_back([message])
+        self._consumer.resume(self._consumer.assignment())
+
+    def close(self) -> None:
+        """Commit all that is done, and wait for it."""
+        self._commit(self._next, asynchronous=False)
+
+    def _commit(self, offsets: dict[_Partition, int], *, asynchronous: bool) -> None:
+        places = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
+        if not places:
+            return
+        try:
+            if asynchronous:
+                self._consumer.commit(offsets=places)
+            else:
+                self._consumer.commit(offsets=places, asynchronous=False)
+        except KafkaException as error:
+            # Another one has the partition, the group is rebalancing, or the broker is away: what is committed later
+            # covers this, and what is not comes again, which the inbox knows.
+            _raise_if_operator(error.args[0])
+            _log.info("offsets were not committed, which is harmless: %s", error)
+
+    def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        mine = [(place.topic, place.partition) for place in partitions]
+        self._commit({place: self._next[place] for place in mine if place in self._next}, asynchronous=False)
+        self._on_lost(_consumer, partitions)
+
+    def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        for place in partitions:
+            self._next.pop((place.topic, place.partition), None)
+
+    def _look_at_assignment(self) -> None:
+        """Which are new. Between two assignments of a group there is none: what comes back then is not new."""
+        assigned = {(place.topic, place.partition) for place in self._consumer.assignment()}
+        if assigned in (self._assigned, set()):
+            return
+        self._new = (self._new | (assigned - self._assigned)) & assigned
+        self._next = {place: offset for place, offset in self._next.items() if place in assigned}
+        self._assigned = assigned
+
+
+def _is_error(error: KafkaError | None) -> bool:
+    """Raises KafkaException for what waiting does not mend."""
+    if error is None:
+        return False
+    _raise_if_operator(error)
+    if error.code() not in _PASSED_OVER:
+        _log.warning("Kafka: %s", error)
+    return True
+
+
+def _raise_if_operator(error: KafkaError) -> None:
+    if error.fatal() or error.code() in _OPERATOR:
+        raise KafkaException(error)
+
+
+def _partition(message: Message) -> _Partition:
+    topic, number = message.topic(), message.partition()
+    assert topic is not None and number is not None  # noqa: PT018 - a consumed one has both
+    return topic, number
+
+
+def _offset(message: Message) -> int:
+    offset = message.offset()
+    assert offset is not None
+    return offset
