@@ -22,7 +22,7 @@ from confluent_kafka import Message as Record
 
 from cdc_outbox.inbox.any_driver import InboxOf
 from cdc_outbox.inbox.librdkafka import setting
-from cdc_outbox.inbox.message import Message
+from cdc_outbox.inbox.message import Message, name_of
 from cdc_outbox.inbox.partitions import Partitions
 from cdc_outbox.transactions import NoTransaction, sqlstate
 
@@ -52,6 +52,7 @@ _SUSPICIOUS: Final = 5
 _OF_THE_CALLER: Final = ("0A", "22", "23", "42")
 #: What a transaction tells of the handler at its end: a deferred constraint, and an error that the handler has caught.
 _OF_THE_HANDLER: Final = ("23", "25P02")
+_UNDEFINED_TABLE: Final = "42P01"
 _DIED: Final = "the process ended while it was handling this, each time"
 
 
@@ -154,7 +155,8 @@ class _Loop(Generic[C]):
 
     def _handle_together(self, records: list[Record]) -> bool:
         """Whether they could be, in one transaction. Not the first of a partition: they may have ended a process."""
-        if self.partitions.are_new(records):
+        has_failed = self.failures and any(_place(record) in self.failures for record in records)
+        if has_failed or self.partitions.are_new(records):
             return False
         try:
             messages = [Message.from_confluent(record, source=self.source) for record in records]
@@ -166,7 +168,6 @@ class _Loop(Generic[C]):
             _log.info("a batch of %s failed, they are handled one by one: %r", len(records), error.__cause__ or error)
             return False
         self.partitions.done(records, at_once=False)
-        self.failures.clear()
         return True
 
     def _handle_each(self, left: list[Record]) -> None:
@@ -202,6 +203,7 @@ class _Loop(Generic[C]):
                     self._call(connection, message)
                 if is_suspect:
                     self.inbox.forget_attempts(connection, [message])
+            self.failures.pop(message.place, None)
         except _HandlerFailed as failure:
             self._failed(message, failure)
 
@@ -287,6 +289,8 @@ class _Loop(Generic[C]):
             self._roll_back()
             is_bug = type(error).__module__ == "builtins" and not isinstance(error, OSError)
             if is_bug or isinstance(error, NoTransaction) or sqlstate(error).startswith(_OF_THE_CALLER):
+                if sqlstate(error) == _UNDEFINED_TABLE:
+                    error.add_note("cdc-outbox migrate inbox up makes the inbox's tables")
                 raise
             self._disconnect()
             raise _TryLater from error
@@ -317,6 +321,10 @@ class _Loop(Generic[C]):
         if connection is not None:
             with suppress(Exception):
                 connection.close()
+
+
+def _place(record: Record) -> str:
+    return name_of(record.topic() or "", record.partition(), record.offset())
 
 
 @contextmanager

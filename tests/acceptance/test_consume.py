@@ -1,0 +1,406 @@
+"""The loop from outside: what it refuses, what it does with odd messages, how it stops; with every kind of connection."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import psycopg
+import psycopg2
+import pytest
+import sqlalchemy as sa
+from confluent_kafka import Consumer, Producer
+from sqlalchemy.orm import Session
+
+from cdc_outbox.inbox import Message, NoTransaction, dbapi, sqlalchemy
+from cdc_outbox.inbox import psycopg as inbox_psycopg
+from cdc_outbox.inbox import schema as inbox_sql
+from cdc_outbox.inbox.confluent import PoisonMessage, consume
+from cdc_outbox.inbox.librdkafka import setting
+from support.applications import django_connections, url
+from support.waiting import wait_until
+from support.world import World, create_topic
+
+Handler = Callable[[Any, Message], None]
+INSERT = "INSERT INTO effect VALUES ('{}')"
+
+
+@dataclass
+class Topic:
+    """One of this test's own, with its producer; and the effects of whoever consumes it."""
+
+    world: World
+    name: str
+    producer: Producer
+    seen: list[Message] = field(default_factory=list)
+
+    def produce(self, *names: str, key: str | None = None, **more: Any) -> None:
+        for name in names:
+            fields = {"key": key or f"k-{name}", "value": b"{}", "headers": {"id": name}, "partition": 0, **more}
+            self.producer.produce(self.name, **fields)
+        assert self.producer.flush(10) == 0
+
+    def consumer(self, **more: Any) -> Consumer:
+        return Consumer(
+            {
+                "bootstrap.servers": self.world.bootstrap_servers,
+                "group.id": self.world.name,
+                "group.instance.id": "the-only-one",
+                "auto.offset.reset": "earliest",
+                "enable.auto.commit": False,
+                "fetch.wait.max.ms": 20,
+                **more,
+            }
+        )
+
+    def handle(self, connection: psycopg.Connection[Any], message: Message) -> None:
+        self.seen.append(message)
+        connection.execute(INSERT.format(message.id).encode())
+
+    def run(self, handler: Handler | None = None, **more: Any) -> None:
+        """``consume`` until ``stop``, or it ends by itself."""
+        consumer = self.consumer()
+        options = {"inbox": inbox_psycopg.Inbox("billing"), "topics": [self.name], **more}
+        connect = options.pop("connect", lambda: psycopg.connect(self.world.dsn))
+        try:
+            consume(consumer, connect, handler or self.handle, **options)
+        finally:
+            consumer.close()
+
+    @contextmanager
+    def running(self, handler: Handler | None = None, **more: Any) -> Iterator[list[BaseException]]:
+        """In a thread; yields how it ended, if by itself."""
+        stop, failures = threading.Event(), []
+
+        def run() -> None:
+            try:
+                self.run(handler, stop=stop, **more)
+            except BaseException as error:  # noqa: BLE001 - asked for by the test
+                failures.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield failures
+        finally:
+            stop.set()
+            thread.join(30)
+        assert not thread.is_alive()
+
+    def effects(self) -> list[str]:
+        return [name for (name,) in self.world.db.execute("SELECT message_id FROM effect ORDER BY ctid").fetchall()]
+
+    def wait_for(self, *names: str) -> None:
+        wait_until(lambda: set(names) <= set(self.effects()), f"effects of {names}", timeout_seconds=30)
+
+    def states(self) -> dict[str, str]:
+        return dict(self.world.db.execute("SELECT message_id, state FROM inbox_parked ORDER BY place").fetchall())
+
+    def committed_offset(self) -> int:
+        from confluent_kafka import TopicPartition
+
+        consumer = self.consumer()
+        (place,) = consumer.committed([TopicPartition(self.name, 0)], timeout=10)
+        consumer.close()
+        return int(place.offset)
+
+
+@pytest.fixture
+def topic(world: World) -> Topic:
+    name = f"outbox.{world.name}"
+    create_topic(world.bootstrap_servers, name, partitions=2)
+    world.db.execute(inbox_sql.sql().encode())
+    world.db.execute("CREATE TABLE effect (message_id text PRIMARY KEY)")
+    return Topic(world, name, Producer({"bootstrap.servers": world.bootstrap_servers, "linger.ms": 0}))
+
+
+def failing(topic: Topic, *names: str) -> Handler:
+    def handle(connection: Any, message: Message) -> None:
+        topic.handle(connection, message)
+        if message.id in names:
+            raise ValueError(f"{message.id} cannot be taken")
+
+    return handle
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("more", [{"enable.auto.commit": True}, {}])
+    def test_automatic_commits(self, topic: Topic, more: dict[str, Any]) -> None:
+        consumer = Consumer({"bootstrap.servers": topic.world.bootstrap_servers, "group.id": "g", **more})
+        with pytest.raises(ValueError, match=r"enable\.auto\.commit is true: .* turn it off"):
+            consume(consumer, lambda: pytest.fail("it connects"), topic.handle, inbox=inbox_psycopg.Inbox("billing"))
+        consumer.close()
+
+    def test_what_a_consumer_was_configured_with(self) -> None:
+        class Own(Consumer):
+            pass
+
+        for kind in (Consumer, Own):
+            consumer = kind({"bootstrap.servers": "h:1", "group.id": "a-group", "enable.auto.commit": "false"})
+            assert setting(consumer, "group.id") == "a-group"
+            assert setting(consumer, "enable.auto.commit") == "false"
+            assert setting(consumer, "no.such.setting") is None
+            consumer.close()
+            assert setting(consumer, "group.id") is None
+
+    @pytest.mark.parametrize("wrong", [{"on_poison": "ignore"}, {"attempts": 0}, {"batch": 0}])
+    def test_settings_that_are_none(self, topic: Topic, wrong: dict[str, Any]) -> None:
+        with pytest.raises(ValueError, match="on_poison is"):
+            topic.run(**wrong)
+
+    def test_a_connection_that_commits_by_itself(self, topic: Topic) -> None:
+        topic.produce("1")
+        with pytest.raises(NoTransaction):
+            topic.run(connect=lambda: psycopg.connect(topic.world.dsn, autocommit=True))
+        assert topic.committed_offset() < 0
+
+    def test_a_database_without_an_inbox(self, topic: Topic) -> None:
+        topic.world.db.execute("DROP TABLE inbox_parked")
+        with pytest.raises(psycopg.errors.UndefinedTable) as refusal:
+            topic.run()
+        assert "cdc-outbox migrate inbox up" in refusal.value.__notes__[0]
+
+    def test_a_mistake_in_what_connects(self, topic: Topic) -> None:
+        with pytest.raises(KeyError):
+            topic.run(connect=lambda: os.environ["NO_SUCH_URL"])
+
+
+def by_psycopg(dsn: str) -> tuple[Any, Any, Any]:
+    return lambda: psycopg.connect(dsn), inbox_psycopg.Inbox("billing"), lambda c, sql: c.execute(sql)
+
+
+def by_psycopg2(dsn: str) -> tuple[Any, Any, Any]:
+    return lambda: psycopg2.connect(dsn), dbapi.Inbox("billing"), lambda c, sql: c.cursor().execute(sql)
+
+
+def by_sqlalchemy(dsn: str) -> tuple[Any, Any, Any]:
+    engine = sa.create_engine(url(dsn, "postgresql+psycopg"), poolclass=sa.NullPool)
+    return engine.connect, sqlalchemy.Inbox("billing"), lambda c, sql: c.execute(sa.text(sql))
+
+
+def by_session(dsn: str) -> tuple[Any, Any, Any]:
+    engine = sa.create_engine(url(dsn, "postgresql+psycopg2"), poolclass=sa.NullPool)
+    return lambda: Session(engine), sqlalchemy.Inbox("billing"), lambda c, sql: c.execute(sa.text(sql))
+
+
+@pytest.mark.parametrize("kind", [by_psycopg, by_psycopg2, by_sqlalchemy, by_session])
+def test_with_each_kind_of_connection(topic: Topic, kind: Callable[[str], tuple[Any, Any, Any]]) -> None:
+    """Handled once; poison parked, unparked; connections cut by the server in between."""
+    connect, inbox, execute = kind(topic.world.dsn)
+    poison = {"3"}
+
+    def handle(connection: Any, message: Message) -> None:
+        execute(connection, INSERT.format(message.id))
+        if message.id in poison:
+            execute(connection, "SELECT 1 / 0")
+
+    with topic.running(handle, connect=connect, inbox=inbox, on_poison="park", attempts=2):
+        topic.produce("1", "2", "1", "2")
+        topic.produce("3", "4", key="a")
+        topic.produce("5")
+        topic.wait_for("1", "2", "5")
+        wait_until(lambda: topic.states() == {"3": "parked", "4": "behind"}, "it is parked")
+        topic.world.db.execute(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity"
+            " WHERE datname = current_database() AND pid <> pg_backend_pid()"
+        )
+        topic.produce("6", "5")
+        topic.wait_for("6")
+        poison.clear()
+        connection = connect()
+        inbox.unpark(connection, "3")
+        connection.commit()
+        connection.close()
+        topic.wait_for("3", "4")
+    assert topic.effects() == ["1", "2", "5", "6", "3", "4"]
+    assert topic.committed_offset() == 9
+
+
+def test_of_django(topic: Topic) -> None:
+    """Its own connection, so that models are saved in the loop's transaction: the recipe of the README."""
+    from django.db import connections
+
+    from support.applications import Django
+
+    application = Django(topic.world.dsn)
+    alias = application.connection
+
+    def connect() -> psycopg.Connection[Any]:
+        connections[alias].close()
+        connections[alias].ensure_connection()
+        connections[alias].set_autocommit(False)
+        raw: psycopg.Connection[Any] = connections[alias].connection
+        return raw
+
+    def handle(_connection: Any, message: Message) -> None:
+        with connections[alias].cursor() as cursor:
+            cursor.execute("INSERT INTO effect VALUES (%s)", [message.id])
+        if message.id == "2":
+            raise ValueError("poison")
+
+    try:
+        with topic.running(handle, connect=connect, on_poison="park", attempts=1):
+            topic.produce("1", "2", "3")
+            topic.wait_for("1", "3")
+            wait_until(lambda: topic.states() == {"2": "parked"}, "it is parked")
+    finally:
+        django_connections()[alias].close()
+        application.close()
+
+
+class TestPoison:
+    def test_it_stops_the_loop(self, topic: Topic) -> None:
+        """After as many attempts as asked for, with all before it done; and goes on when the handler is mended."""
+        topic.produce("1", "2", "3")
+        with pytest.raises(PoisonMessage, match=r"message '2' at .*\[0\]@1: ValueError\('2 cannot be taken'\)") as told:
+            topic.run(failing(topic, "2"), attempts=3)
+        assert told.value.message.id == "2"
+        assert [message.id for message in topic.seen].count("2") == 3
+        assert topic.effects() == ["1"]
+        assert topic.committed_offset() == 1
+        with topic.running():
+            topic.wait_for("2", "3")
+        assert topic.effects() == ["1", "2", "3"]
+
+    def test_a_batch_is_handled_one_by_one_after_a_failure(self, topic: Topic) -> None:
+        with topic.running(failing(topic, "3"), on_poison="park", attempts=1):
+            topic.produce("0")
+            topic.wait_for("0")
+            topic.produce("1", "2", "3", "4")
+            topic.wait_for("1", "2", "4")
+            wait_until(lambda: topic.states() == {"3": "parked"}, "it is parked")
+        assert topic.committed_offset() == 5
+
+    def test_an_error_that_the_handler_catches(self, topic: Topic) -> None:
+        """The server rolls such a transaction back at COMMIT, and only says so in passing."""
+
+        def handle(connection: psycopg.Connection[Any], message: Message) -> None:
+            topic.handle(connection, message)
+            if message.id == "2":
+                with pytest.raises(psycopg.errors.DivisionByZero):
+                    connection.execute("SELECT 1 / 0")
+
+        with topic.running(handle, on_poison="park", attempts=1):
+            topic.produce("1", "2", "3")
+            topic.wait_for("1", "3")
+            wait_until(lambda: topic.states() == {"2": "parked"}, "it is not lost")
+        assert topic.effects() == ["1", "3"]
+
+    def test_what_shows_at_commit_only(self, topic: Topic) -> None:
+        topic.world.db.execute("ALTER TABLE effect ADD UNIQUE (message_id) DEFERRABLE INITIALLY DEFERRED")
+        topic.world.db.execute("ALTER TABLE effect DROP CONSTRAINT effect_pkey; INSERT INTO effect VALUES ('2')")
+        with topic.running(on_poison="park", attempts=1):
+            topic.produce("1", "2", "3")
+            topic.wait_for("1", "3")
+            wait_until(lambda: topic.states() == {"2": "parked"}, "it is parked")
+
+    def test_a_message_without_an_id(self, topic: Topic) -> None:
+        """It is poison at once: no handler sees it before somebody has decided."""
+        topic.produce("-", headers=[("trace", b"t")], key="a", value=b"foreign")
+        topic.produce("1", key="a")
+        topic.produce("2")
+        with pytest.raises(PoisonMessage, match="no header id or ce_id; there are: trace"):
+            topic.run()
+        with topic.running(on_poison="park"):
+            topic.wait_for("2")
+            wait_until(lambda: list(topic.states().values()) == ["parked", "behind"], "it is parked")
+            ((name, error),) = topic.world.db.execute(
+                "SELECT message_id, error FROM inbox_parked WHERE state = 'parked'"
+            ).fetchall()
+            assert "no header id or ce_id" in error
+            assert topic.seen[-1].id == "2"
+            with psycopg.connect(topic.world.dsn) as connection:
+                inbox_psycopg.Inbox("billing").unpark(connection, name)
+            topic.wait_for(name, "1")
+        (foreign,) = (message for message in topic.seen if message.id == name)
+        assert (foreign.value, foreign.key, foreign.headers) == (b"foreign", "a", {"trace": "t"})
+
+    def test_when_all_fail_the_topic_is_not_parked_in_a_moment(self, topic: Topic) -> None:
+        """What they all need is away: the more fail in a row, the longer it waits."""
+        topic.produce(*map(str, range(200)))
+        with topic.running(failing(topic, *map(str, range(200))), on_poison="park", attempts=1):
+            wait_until(lambda: len(topic.states()) >= 10, "some are parked")
+            time.sleep(2)
+            assert len(topic.states()) < 60
+
+    def test_a_retry_that_succeeds_frees_its_key(self, topic: Topic) -> None:
+        failures = iter([True, True, False])
+
+        def handle(connection: Any, message: Message) -> None:
+            if message.id == "1" and next(failures):
+                raise ValueError("not yet")
+            topic.handle(connection, message)
+
+        with topic.running(handle, on_poison="park"):
+            topic.produce("1", "2", key="a")
+            topic.produce("3")
+            topic.wait_for("1", "2", "3")
+        assert topic.effects() == ["3", "1", "2"]
+        assert set(topic.states().values()) == {"handled"}
+
+
+class TestMessages:
+    def test_a_tombstone_a_redriven_one_and_one_of_another_producer(self, topic: Topic) -> None:
+        with topic.running():
+            topic.produce("1", value=None)
+            topic.produce("2", headers={"id": "2", "cdc-outbox-redriven": "17"})
+            topic.produce("3", headers={"ce_id": "3", "ce_type": "paid"}, timestamp=0)
+            topic.produce("4", headers={"id": "4", "cdc-outbox-replay": "1"})
+            topic.wait_for("1", "2", "3", "4")
+        assert topic.seen[0].value is None
+        assert [message.redriven for message in topic.seen] == [False, True, False, False]
+        assert topic.seen[2].type == "paid"
+        assert {message.topic for message in topic.seen} == {topic.name}
+
+    def test_ids_of_two_sources(self, topic: Topic) -> None:
+        topic.produce("1")
+        with topic.running(source="eu"):
+            topic.wait_for("1")
+        assert topic.world.db.execute("SELECT source FROM inbox").fetchall() == [("eu",)]
+
+    def test_a_consumer_that_is_assigned_already(self, topic: Topic) -> None:
+        from confluent_kafka import TopicPartition
+
+        topic.produce("1")
+        consumer, stop = topic.consumer(**{"group.instance.id": "another"}), threading.Event()
+        consumer.assign([TopicPartition(topic.name, 0, 0)])
+
+        def handle(connection: Any, message: Message) -> None:
+            topic.handle(connection, message)
+            stop.set()
+
+        connect = lambda: psycopg.connect(topic.world.dsn)  # noqa: E731 - as people write it
+        consume(consumer, connect, handle, inbox=inbox_psycopg.Inbox("billing"), stop=stop)
+        assert topic.effects() == ["1"]
+        consumer.close()
+        assert topic.committed_offset() == 1
+
+
+def test_signals_stop_it(topic: Topic) -> None:
+    """And are the caller's again afterwards."""
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    topic.produce("1", "2")
+
+    def handle(connection: Any, message: Message) -> None:
+        topic.handle(connection, message)
+        signal.raise_signal(signal.SIGTERM)
+
+    topic.run(handle)
+    assert topic.effects() == ["1"]  # the first of a partition are handled one by one; the rest comes again
+    assert topic.committed_offset() == 1
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    with topic.running():
+        topic.wait_for("2")
+
+
+def test_an_idle_loop_does_nothing(topic: Topic) -> None:
+    with topic.running():
+        topic.produce("1")
+        topic.wait_for("1")
+        began, cpu = time.monotonic(), time.process_time()
+        time.sleep(3)
+        assert time.process_time() - cpu < (time.monotonic() - began) * 0.2
