@@ -1,6 +1,5 @@
 """`cdc-outbox dead-letters list|show|redrive|discard`: events that could not be published, and what becomes of them."""
 
-import base64
 from typing import Any, Final
 
 import click
@@ -11,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cdc_outbox.cli.main import Settings
-from cdc_outbox.cli.terminal import printable
+from cdc_outbox.cli.terminal import portable, print_field, printable
 from cdc_outbox.postgres import dead_letters
 from cdc_outbox.postgres.connection import Connection, connect
 
@@ -68,19 +67,14 @@ def show(settings: Settings, *, dead_letter_id: int, as_json: bool) -> None:
     if letter is None:
         raise dead_letters.unknown(dead_letter_id)
     if as_json:
-        click.echo(orjson.dumps({**letter, **{column: _portable(letter[column]) for column in ("key", "payload")}}))
+        click.echo(orjson.dumps({**letter, **{column: portable(letter[column]) for column in ("key", "payload")}}))
         return
     for column, value in letter.items():
         if column == "headers":
             for name, content in value or []:
-                _show_field("header", f"{name}: {content}")
+                print_field("header", f"{name}: {content}")
         elif value is not None:
-            _show_field(column, value)
-
-
-def _show_field(name: str, value: object) -> None:
-    """Not in a table: a payload of megabytes would take a table half a minute."""
-    click.echo(f"{name:>16}  {printable(value if isinstance(value, bytes) else str(value))}")
+            print_field(column, value)
 
 
 @command.command()
@@ -142,13 +136,3 @@ def _table(letters: list[dead_letters.Row], *, with_state: bool, width: int) -> 
 
 def _connect(settings: Settings) -> Connection:
     return connect(settings.config.postgres.dsn.get_secret_value())
-
-
-def _portable(content: bytes | None) -> dict[str, Any] | None:
-    """Bytes in JSON: as text where they are text, else in base64."""
-    if content is None:
-        return None
-    try:
-        return {"text": content.decode()}
-    except UnicodeDecodeError:
-        return {"base64": base64.b64encode(content).decode()}

@@ -31,6 +31,7 @@ _VERBS: Final = {
     "prune": "Delete rows of the outbox that are known to be published.",
     "topics": "List the topics that events ask for; create those that are missing.",
     "dead-letters": "List, show, redrive or discard events that could not be published.",
+    "inbox": "List, show, unpark or discard messages that a consumer could not handle.",
     "config": "Show the configuration that is in force.",
     "demo": "Show it all on this machine: PostgreSQL, Kafka, a writer, the relay, a verdict.",
 }

@@ -1,9 +1,12 @@
 """The terminal: what data says on it, which may be of any length and hold anything, and output that goes nowhere."""
 
+import base64
 import os
 import re
 import sys
 from typing import Final
+
+import click
 
 #: Control characters but for tab and newline.
 _OBEYED: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -12,6 +15,21 @@ _OBEYED: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 def printable(content: bytes | str) -> str:
     text = content.decode(errors="backslashreplace") if isinstance(content, bytes) else content
     return _OBEYED.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
+
+
+def print_field(name: str, value: object) -> None:
+    """One of many. Not in a table: a value of megabytes would take a table half a minute."""
+    click.echo(f"{name:>16}  {printable(value if isinstance(value, bytes) else str(value))}")
+
+
+def portable(content: bytes | None) -> dict[str, str] | None:
+    """Bytes in JSON: as text where they are text, else in base64."""
+    if content is None:
+        return None
+    try:
+        return {"text": content.decode()}
+    except UnicodeDecodeError:
+        return {"base64": base64.b64encode(content).decode()}
 
 
 def forget_output() -> None:

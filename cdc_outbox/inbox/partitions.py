@@ -16,6 +16,7 @@ _Partition: TypeAlias = tuple[str, int]
 
 _log: Final = logging.getLogger(__name__)
 _POLL_SECONDS: Final = 0.2
+_COMMIT_SECONDS: Final = 3.0
 #: What waiting does not mend.
 _OPERATOR: Final = frozenset(
     {
@@ -61,7 +62,7 @@ class Partitions:
         offsets = {_partition(message): _offset(message) + 1 for message in messages}
         self._next |= offsets
         self._new -= offsets.keys()
-        self._commit(offsets, asynchronous=not at_once)
+        self._commit(offsets, at_once=at_once)
 
     def go_back(self, messages: Iterable[Message]) -> None:
         """The next to be fetched are these again; but of partitions that were revoked."""
@@ -84,18 +85,18 @@ class Partitions:
         self._consumer.resume(self._consumer.assignment())
 
     def close(self) -> None:
-        """Commit all that is done, and wait for it."""
-        self._commit(self._next, asynchronous=False)
+        """Commit all that is done, and wait for it, but not for long."""
+        self._commit(self._next, at_once=True)
+        self._next.clear()
 
-    def _commit(self, offsets: dict[_Partition, int], *, asynchronous: bool) -> None:
+    def _commit(self, offsets: dict[_Partition, int], *, at_once: bool) -> None:
         places = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
         if not places:
             return
         try:
-            if asynchronous:
-                self._consumer.commit(offsets=places)
-            else:
-                self._consumer.commit(offsets=places, asynchronous=False)
+            self._consumer.commit(offsets=places)
+            if at_once:  # a synchronous commit waits as long as the session lasts; this is answered after that one
+                self._consumer.committed(places, timeout=_COMMIT_SECONDS)
         except KafkaException as error:
             # Another one has the partition, the group is rebalancing, or the broker is away: what is committed later
             # covers this, and what is not comes again, which the inbox knows.
@@ -104,7 +105,7 @@ class Partitions:
 
     def _on_revoke(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:
         mine = [(place.topic, place.partition) for place in partitions]
-        self._commit({place: self._next[place] for place in mine if place in self._next}, asynchronous=False)
+        self._commit({place: self._next[place] for place in mine if place in self._next}, at_once=True)
         self._on_lost(_consumer, partitions)
 
     def _on_lost(self, _consumer: Consumer, partitions: list[TopicPartition]) -> None:

@@ -1,4 +1,4 @@
-"""The loop from outside: what it refuses, what it does with odd messages, how it stops; with every kind of connection."""
+"""The loop from outside: what it refuses, how it takes odd messages and stops; with every kind of connection."""
 
 import os
 import signal

@@ -38,7 +38,7 @@ class Consumers:
 
     def produce(self, events: int, *, keys: int, times: int = 1, begin: int = 0) -> None:
         """Events as a relay would have published them, each ``times`` times, copies up to 50 records apart."""
-        producer = Producer({"bootstrap.servers": self.settings.bootstrap_servers, "linger.ms": 5})
+        producer = Producer({"bootstrap.servers": self.settings.bootstrap_servers, "enable.idempotence": True})
         numbers = list(range(begin, begin + events))
         for repeat in range(times):
             for number in numbers:
