@@ -1,6 +1,6 @@
 """The inbox for connections of any kind: a driver's module says of which, and how a statement is run on one."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import partial
@@ -74,13 +74,13 @@ class InboxOf(InboxTable, Generic[C]):
         """
         return self._each(connection, self._parked.park_followers(list(messages)))
 
-    def due(self, connection: C, *, attempts: int = 5) -> Message | None:
-        """The next parked message whose turn it is to be tried again, or None.
+    def due(self, connection: C, *, attempts: int = 5, topics: Sequence[str] | None = None) -> Message | None:
+        """The next parked message, of ``topics`` if they are given, whose turn it is to be tried again, or None.
 
         Needs no transaction: the attempt is counted in one of its own, before it is made, so that a handler which ends
         the process is found too, after ``attempts``. For ten seconds nobody else gets it. Raises OpenTransaction.
         """
-        return run_each(self._parked.due(attempts), partial(self._run_alone, connection))
+        return run_each(self._parked.due(attempts, topics), partial(self._run_alone, connection))
 
     def retry(self, connection: C, message: Message) -> bool:
         """Whether a message from ``due`` is still to be handled. Then act on it here, as after ``once``.
@@ -134,7 +134,9 @@ class InboxOf(InboxTable, Generic[C]):
 
 
 class AsyncInboxOf(InboxTable, Generic[C]):
-    """``InboxOf`` for asynchronous connections; each method says and raises what its twin there does.
+    """``InboxOf`` for asynchronous connections, but for what only ``confluent.consume`` needs.
+
+    Each method says and raises what its twin there does.
 
     Do not forget ``await``: a coroutine is true. mypy finds that with ``enable_error_code = ["truthy-bool"]``.
     """
@@ -165,9 +167,9 @@ class AsyncInboxOf(InboxTable, Generic[C]):
         """Park those that follow a parked message; returns the others; see ``InboxOf.park_followers``."""
         return await self._each(connection, self._parked.park_followers(list(messages)))
 
-    async def due(self, connection: C, *, attempts: int = 5) -> Message | None:
+    async def due(self, connection: C, *, attempts: int = 5, topics: Sequence[str] | None = None) -> Message | None:
         """The next parked message whose turn it is to be tried again, or None; see ``InboxOf.due``."""
-        return await run_each_async(self._parked.due(attempts), partial(self._run_alone, connection))
+        return await run_each_async(self._parked.due(attempts, topics), partial(self._run_alone, connection))
 
     async def retry(self, connection: C, message: Message) -> bool:
         """Whether a message from ``due`` is still to be handled; see ``InboxOf.retry``."""

@@ -10,6 +10,9 @@ from typing import Final
 from cdc_outbox.inbox.message import Message
 from cdc_outbox.transactions import Statement, Steps
 
+#: Why a message is parked that was begun too often, and never ended.
+DIED: Final = "the process ended, or its connection was lost, while it was handling this, each time"
+
 
 class AttemptTable:
     def __init__(self, consumer: str, table: str) -> None:

@@ -249,4 +249,5 @@ def _id(content: str | bytes) -> str:
 
 
 def _text(content: str | bytes | None) -> str | None:
-    return content.decode(errors="replace") if isinstance(content, bytes) else content
+    """Bytes that are no text are escaped: two keys that differ must not become one."""
+    return content.decode(errors="backslashreplace") if isinstance(content, bytes) else content

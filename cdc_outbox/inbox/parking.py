@@ -5,22 +5,23 @@ and nobody else waits. Its state:
 
     retry      will be tried again when it is due
     parked     has failed too often: waits until somebody says `unpark` or `discard`
-    behind     follows one of the same key that is there; is tried when all before it are gone
+    behind     follows one of the same key that is there; is tried when all before it are past
     handled, discarded      past; kept until they are pruned
 
-Whether a message's turn has come is never written down. It is asked each time: it is the first of its key that is still
-open. So there is no moment at which a crash, or two processes at once, could leave one behind nothing.
+A message's turn has come when it is the first of its key that is still open. When one is past, the next is woken in the
+same transaction. One that is parked behind it in that moment, by another process, is found when nothing else is due.
 
 A key is one within its topic, as Kafka orders them. A message without a key follows none, and is followed by none.
 """
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any, Final
 from uuid import UUID
 
+from cdc_outbox.inbox.attempts import DIED
 from cdc_outbox.inbox.message import Message
 from cdc_outbox.inbox.stored import message_of, stored_error, stored_message
 from cdc_outbox.transactions import Statement, Steps
@@ -29,7 +30,8 @@ from cdc_outbox.transactions import Statement, Steps
 LEASE: Final = timedelta(seconds=10)
 _LONGEST_WAIT: Final = timedelta(minutes=1)
 _OPEN: Final = "state IN ('parked', 'retry', 'behind')"
-_DIED: Final = "the process ended while it was handling this, each time"
+#: Of messages in one statement. The server needs some twenty times as much for it.
+_PORTION_BYTES: Final = 4_000_000
 
 
 class NotParked(LookupError):
@@ -52,14 +54,15 @@ class ParkedTable:
         self._fail = _fail(table)
         self._followers = _followers(table)
         self._due = _due(table)
+        self._wake = _wake(table)
         self._retry = _retry(table)
         self._decide = _decide(table)
         self._find = _find(table)
 
     def park(self, messages: Sequence[Message], *, state: str, error: object = None, attempts: int = 1) -> Steps[None]:
         """Raises TypeError for a value that cannot be kept."""
-        rows = [{**stored_message(message), "lane": lane(message)} for message in messages]
-        yield self._park, self._parameter(state=state, attempts=attempts, messages=rows, **_told(error))
+        for some in _portions([{**stored_message(message), "lane": lane(message)} for message in messages]):
+            yield self._park, self._parameter(state=state, attempts=attempts, messages=some, **_told(error))
 
     def fail(self, message: Message, *, error: object, attempts: int) -> Steps[None]:
         yield (
@@ -77,15 +80,19 @@ class ParkedTable:
             yield from self.park(followers, state="behind")
         return [message for message, known in zip(messages, lanes, strict=True) if known not in blocked]
 
-    def due(self, attempts: int) -> Steps[Message | None]:
-        while True:
-            parameter = self._parameter(attempts=attempts, lease=LEASE.total_seconds(), died=_DIED)
-            rows = yield self._due, parameter
-            if not rows:
+    def due(self, attempts: int, topics: Sequence[str] | None) -> Steps[Message | None]:
+        given = {"attempts": attempts, "lease": LEASE.total_seconds(), "died": DIED}
+        parameter = self._parameter(**given, topics=None if topics is None else list(topics))
+        for statement in (self._due, self._wake, self._due):
+            rows = yield statement, parameter
+            while rows and statement is self._due:
+                row = json.loads(rows[0][0])
+                if row["state"] == "retry":
+                    return message_of(row)
+                rows = yield statement, parameter  # that one was begun too often, and is parked now
+            if statement is self._wake and not rows:
                 return None
-            row = json.loads(rows[0][0])
-            if row["state"] == "retry":
-                return message_of(row)
+        return None
 
     def retry(self, message: Message) -> Steps[bool]:
         rows = yield self._retry, self._parameter(source=message.source, id=message.id)
@@ -101,6 +108,19 @@ class ParkedTable:
 
     def _parameter(self, **values: Any) -> str:
         return json.dumps({"consumer": self._consumer, **values}, ensure_ascii=False)
+
+
+def _portions(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """In their order, each of some megabytes, or of one row."""
+    some: list[dict[str, Any]] = []
+    size = 0
+    for row in rows:
+        size += len(row["value"] or "")
+        if some and size > _PORTION_BYTES:
+            yield some
+            some, size = [], len(row["value"] or "")
+        some.append(row)
+    yield some
 
 
 def _told(error: object) -> dict[str, str]:
@@ -122,8 +142,9 @@ def _why_not(row: tuple[Any, ...] | None, consumer: str) -> str:
 _BEFORE: Final = "WITH RECURSIVE given AS MATERIALIZED (SELECT * FROM json_to_record(CAST(CAST("
 _AFTER: Final = """ AS text) AS json)) AS given (
     consumer text, source text, id text, state text, attempts integer, lease float, died text,
-    error text, error_in_ascii text, lanes json, messages json))"""
+    error text, error_in_ascii text, lanes json, messages json, topics text[]))"""
 _CONSUMER: Final = "(SELECT consumer FROM given)"
+_OF_TOPICS: Final = "topic = ANY (coalesce((SELECT topics FROM given), ARRAY[topic]))"
 _ATTEMPTS: Final = "(SELECT attempts FROM given)"
 _ERROR: Final = """CASE WHEN getdatabaseencoding() = 'UTF8' THEN convert_from(decode(given.error, 'base64'), 'UTF8')
                         ELSE given.error_in_ascii END"""
@@ -189,26 +210,16 @@ def _followers(table: str) -> Statement:
 
 
 def _due(table: str) -> Statement:
-    """Takes the first whose turn it is: counts the attempt, and keeps others from it while the lease runs.
-
-    From key to key by the index (a "loose index scan"): however many wait behind one, they are not read.
-    """
-    parts, mine = "lane, place, state, due_at", f"consumer = {_CONSUMER} AND {_OPEN}"
-    ready = "state IN ('retry', 'behind') AND due_at <= now()"
+    """Takes the first whose turn it is: counts the attempt, and keeps others from it while the lease runs."""
     return Statement(
         _BEFORE,
-        f"""{_AFTER}, head AS (
-            (SELECT {parts} FROM {table} WHERE {mine} AND lane IS NOT NULL ORDER BY lane, place LIMIT 1)
-            UNION ALL
-            SELECT following.* FROM head, LATERAL (
-                SELECT {parts} FROM {table} AS one WHERE {mine} AND one.lane > head.lane
-                 ORDER BY lane, place LIMIT 1) AS following
-        ), alone AS (SELECT {parts} FROM {table} WHERE {mine} AND lane IS NULL),
-        taken AS (
-            SELECT place FROM {table} AS one
-             WHERE {ready} AND place = ANY (ARRAY(  -- an array, for the index
-                       SELECT place FROM head WHERE {ready} UNION ALL SELECT place FROM alone WHERE {ready}))
-             ORDER BY place LIMIT 1 FOR UPDATE SKIP LOCKED
+        f"""{_AFTER}, taken AS (
+            SELECT consumer, source, message_id FROM {table} AS one
+             WHERE consumer = {_CONSUMER} AND state = 'retry' AND due_at <= now() AND {_OF_TOPICS}
+               AND NOT EXISTS (SELECT FROM {table} AS earlier
+                                WHERE earlier.consumer = one.consumer AND earlier.lane = one.lane
+                                  AND earlier.place < one.place AND earlier.{_OPEN})
+             ORDER BY due_at, place LIMIT 1 FOR UPDATE SKIP LOCKED
         )
         UPDATE {table} AS known SET
                state = CASE WHEN known.attempts >= {_ATTEMPTS} THEN 'parked' ELSE 'retry' END,
@@ -217,7 +228,7 @@ def _due(table: str) -> Statement:
                attempts = CASE WHEN known.attempts >= {_ATTEMPTS} THEN known.attempts ELSE known.attempts + 1 END,
                due_at = now() + make_interval(secs => (SELECT lease FROM given)),
                changed_at = now()
-          FROM taken WHERE known.place = taken.place
+          FROM taken WHERE {_is_same("known", "taken")}
         RETURNING CAST(json_build_object(
             'state', known.state, 'source', known.source, 'id', known.message_id, 'committed_at', known.committed_at,
             'topic', known.topic, 'partition', known.partition, 'offset', known."offset",
@@ -227,14 +238,37 @@ def _due(table: str) -> Statement:
     )
 
 
+def _wake(table: str) -> Statement:
+    """Those behind nothing: the one before was handled or discarded. From now on they are tried.
+
+    From lane to lane by the index (a "loose index scan"): however many wait behind one, they are not read.
+    """
+    mine, parts = f"consumer = {_CONSUMER} AND {_OPEN}", "consumer, source, message_id, lane, state"
+    return Statement(
+        _BEFORE,
+        f"""{_AFTER}, head AS (
+            (SELECT {parts} FROM {table} WHERE {mine} AND lane IS NOT NULL ORDER BY lane, place LIMIT 1)
+            UNION ALL
+            SELECT following.* FROM head, LATERAL (
+                SELECT {parts} FROM {table} AS one WHERE {mine} AND one.lane > head.lane
+                 ORDER BY lane, place LIMIT 1) AS following
+        )
+        UPDATE {table} AS known SET state = 'retry', due_at = now() FROM head
+         WHERE {_is_same("known", "head")} AND head.state = 'behind' AND known.state = 'behind'
+        RETURNING 1""",
+        returns=True,
+    )
+
+
 def _retry(table: str) -> Statement:
     return Statement(
         _BEFORE,
-        f"""{_AFTER}
-        UPDATE {table} SET state = 'handled', changed_at = now()
-         WHERE consumer = {_CONSUMER} AND source = (SELECT given.source FROM given)
-           AND message_id = (SELECT given.id FROM given) AND state = 'retry'
-        RETURNING 1""",
+        f"""{_AFTER}, done AS (
+            UPDATE {table} AS known SET state = 'handled', changed_at = now() FROM given
+             WHERE known.consumer = {_CONSUMER} AND known.source = given.source AND known.message_id = given.id
+               AND known.state = 'retry'
+            RETURNING known.consumer, known.lane
+        ), {_next(table)} SELECT 1 FROM done""",
         returns=True,
     )
 
@@ -242,16 +276,32 @@ def _retry(table: str) -> Statement:
 def _decide(table: str) -> Statement:
     return Statement(
         _BEFORE,
-        f"""{_AFTER}
-        UPDATE {table} AS known SET
-               state = given.state, attempts = CASE WHEN given.state = 'retry' THEN 0 ELSE known.attempts END,
-               due_at = now(), changed_at = now()
-          FROM given
-         WHERE known.consumer = {_CONSUMER} AND known.source = given.source AND known.message_id = given.id
-           AND known.state = 'parked'
-        RETURNING 1""",
+        f"""{_AFTER}, decided AS (
+            UPDATE {table} AS known SET
+                   state = given.state, attempts = CASE WHEN given.state = 'retry' THEN 0 ELSE known.attempts END,
+                   due_at = now(), changed_at = now()
+              FROM given
+             WHERE known.consumer = {_CONSUMER} AND known.source = given.source AND known.message_id = given.id
+               AND known.state = 'parked'
+            RETURNING known.consumer, known.lane, known.state
+        ), done AS (SELECT * FROM decided WHERE state = 'discarded'), {_next(table)} SELECT 1 FROM decided""",
         returns=True,
     )
+
+
+def _next(table: str) -> str:
+    """The first that waits behind what is ``done`` is tried now. One that comes in this moment is found by _wake."""
+    return f"""next AS (
+            UPDATE {table} AS follower SET state = 'retry', due_at = now() FROM done, LATERAL (
+                SELECT consumer, source, message_id FROM {table} AS one
+                 WHERE one.consumer = done.consumer AND one.lane = done.lane AND one.state = 'behind'
+                 ORDER BY place LIMIT 1) AS first
+             WHERE {_is_same("follower", "first")}
+        )"""
+
+
+def _is_same(one: str, other: str) -> str:
+    return " AND ".join(f"{one}.{column} = {other}.{column}" for column in ("consumer", "source", "message_id"))
 
 
 def _find(table: str) -> Statement:

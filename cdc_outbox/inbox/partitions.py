@@ -27,8 +27,8 @@ _OPERATOR: Final = frozenset(
         KafkaError._AUTO_OFFSET_RESET,  # noqa: SLF001 - librdkafka's own codes are named so
     }
 )
-#: What is no news: the end of a partition; that it took longer than max.poll.interval.ms, which the next poll mends.
-_PASSED_OVER: Final = frozenset({KafkaError._PARTITION_EOF})  # noqa: SLF001
+#: No news: a partition's end; a batch that took longer than max.poll.interval.ms, after which the next poll rejoins.
+_PASSED_OVER: Final = frozenset({KafkaError._PARTITION_EOF, KafkaError._MAX_POLL_EXCEEDED})  # noqa: SLF001
 
 
 class Partitions:
@@ -47,21 +47,29 @@ class Partitions:
     def fetch(self, count: int) -> list[Message]:
         """What is there, up to ``count``; waits a little if there is nothing. Raises KafkaException."""
         first = self._consumer.poll(_POLL_SECONDS)
+        rest = self._consumer.consume(count - 1, 0) if first is not None and count > 1 else []
+        self._look_at_assignment()
         if first is None:
             return []
-        rest = self._consumer.consume(count - 1, 0) if count > 1 else []
-        self._look_at_assignment()
         return [message for message in (first, *rest) if not _is_error(message.error())]
 
     def are_new(self, messages: Iterable[Message]) -> bool:
         """Whether one of them is of a partition that was assigned, and of which nothing was handled yet."""
         return bool(self._new) and any(_partition(message) in self._new for message in messages)
 
+    def distrust(self) -> None:
+        """What comes next of any partition counts as the first."""
+        self._new = set(self._assigned)
+
+    def topics(self) -> list[str]:
+        """Of which partitions are assigned."""
+        return sorted({topic for topic, _ in self._assigned})
+
     def done(self, messages: Sequence[Message], *, at_once: bool) -> None:
         """They are handled: commit their offsets, and wait until that is known if it is to be ``at_once``."""
         offsets = {_partition(message): _offset(message) + 1 for message in messages}
-        self._next |= offsets
         self._new -= offsets.keys()
+        self._next |= offsets
         self._commit(offsets, at_once=at_once)
 
     def go_back(self, messages: Iterable[Message]) -> None:
@@ -90,7 +98,9 @@ class Partitions:
         self._next.clear()
 
     def _commit(self, offsets: dict[_Partition, int], *, at_once: bool) -> None:
-        places = [TopicPartition(topic, number, offset) for (topic, number), offset in offsets.items()]
+        # of no other: somebody else may be far beyond it by now, and the broker would take it all the same
+        mine = {(place.topic, place.partition) for place in self._consumer.assignment()} if offsets else set()
+        places = [TopicPartition(*place, offset) for place, offset in offsets.items() if place in mine]
         if not places:
             return
         try:
@@ -114,9 +124,11 @@ class Partitions:
 
     def _look_at_assignment(self) -> None:
         """Which are new. Between two assignments of a group there is none: what comes back then is not new."""
-        assigned = {(place.topic, place.partition) for place in self._consumer.assignment()}
+        places = self._consumer.assignment()
+        assigned = {(place.topic, place.partition) for place in places}
         if assigned in (self._assigned, set()):
             return
+        self._consumer.resume(places)  # one that was paused, revoked and comes back is paused still
         self._new = (self._new | (assigned - self._assigned)) & assigned
         self._next = {place: offset for place, offset in self._next.items() if place in assigned}
         self._assigned = assigned

@@ -56,11 +56,12 @@ class RequestTable:
         return kind, content
 
     def store(self, key: str, response: Any) -> Steps[None]:
-        """Raises TypeError for what is no bytes, text or JSON, ValueError for None."""
+        """Raises TypeError for what is no bytes, text or JSON, ValueError for None, RuntimeError if it is too late."""
         if response is None:
             raise ValueError("None is no response: who asks again could not tell it from none")
         kind, content = stored_value(response)
-        yield self._store, self._parameter(key=key, kind=kind, response=content)
+        if not (yield self._store, self._parameter(key=key, kind=kind, response=content)):
+            raise RuntimeError(f"the transaction in which idempotency key {key!r} was asked for is over")
 
     def _parameter(self, **values: Any) -> str:
         return json.dumps({"scope": self._consumer, **values}, ensure_ascii=False)
@@ -101,5 +102,7 @@ def _store(table: str) -> Statement:
         _BEFORE,
         f"""{_AFTER}
         UPDATE {table} AS known SET response_kind = given ->> 'kind', response = decode(given ->> 'response', 'base64')
-          FROM given WHERE known.scope = given ->> 'scope' AND known.key = given ->> 'key'""",
+          FROM given WHERE known.scope = given ->> 'scope' AND known.key = given ->> 'key'
+        RETURNING 1""",
+        returns=True,
     )

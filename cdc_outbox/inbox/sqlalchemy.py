@@ -18,7 +18,6 @@ from sqlalchemy import (
     MetaData,
     Table,
     Text,
-    UniqueConstraint,
     Uuid,
     func,
     text,
@@ -90,8 +89,8 @@ def inbox_tables(metadata: MetaData, *, table: str = "public.inbox", partitioned
         ),
         make(
             "_parked",
-            Column("place", BigInteger, Identity(always=False), primary_key=True),
-            *_message_key(primary_key=False),
+            Column("place", BigInteger, Identity(always=False), nullable=False),
+            *_message_key(),
             Column("committed_at", DateTime(timezone=True)),
             Column("lane", Uuid),
             Column("topic", Text, nullable=False, server_default=""),
@@ -104,8 +103,14 @@ def inbox_tables(metadata: MetaData, *, table: str = "public.inbox", partitioned
             Column("error", Text),
             Column("attempts", Integer, nullable=False),
             *(_moment(moment) for moment in ("due_at", "parked_at", "changed_at")),
-            UniqueConstraint("consumer", "source", "message_id", name=f"{name}_parked_consumer_source_message_id_key"),
             CheckConstraint(_PARKED_STATES, name=f"{name}_parked_state_check"),
+            Index(
+                f"{name}_parked_consumer_due_at_place_idx",
+                "consumer",
+                "due_at",
+                "place",
+                postgresql_where=text("state = 'retry'"),
+            ),
             Index(
                 f"{name}_parked_consumer_lane_place_idx",
                 "consumer",
@@ -140,11 +145,11 @@ def inbox_tables(metadata: MetaData, *, table: str = "public.inbox", partitioned
 _PARKED_STATES: Final = "state IN ('retry', 'parked', 'behind', 'handled', 'discarded')"
 
 
-def _message_key(*, primary_key: bool = True) -> tuple[Column[str], Column[str], Column[str]]:
+def _message_key() -> tuple[Column[str], Column[str], Column[str]]:
     return (
-        Column("consumer", Text, primary_key=primary_key, nullable=False),
-        Column("source", Text, primary_key=primary_key, nullable=False, server_default=""),
-        Column("message_id", Text, primary_key=primary_key, nullable=False),
+        Column("consumer", Text, primary_key=True),
+        Column("source", Text, primary_key=True, server_default=""),
+        Column("message_id", Text, primary_key=True),
     )
 
 

@@ -24,9 +24,12 @@ def stored_value(value: Any) -> tuple[str, str | None]:
     if isinstance(value, str):
         return "text", _base64(value.encode(errors="surrogatepass"))
     try:
-        return "json", _base64(json.dumps(value, allow_nan=False).encode())
+        text = json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise TypeError(f"a {type(value).__name__} cannot be kept: it is no bytes, text or JSON ({error})") from error
+    if json.loads(text) != value:  # a tuple, a key that is a number
+        raise TypeError(f"a {type(value).__name__} cannot be kept: as JSON it would come back as something else")
+    return "json", _base64(text.encode())
 
 
 def value_of(kind: str, content: str | None) -> Any:

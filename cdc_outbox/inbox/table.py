@@ -44,6 +44,11 @@ class InboxTable:
         self._attempts = AttemptTable(consumer, beside(table, "attempt"))
         self._versions = VersionTable(consumer, beside(table, "version"))
         self._requests = RequestTable(consumer, beside(table, "request"))
+        #: of an ``event`` in the inbox: it is not old while its message waits, or was handled lately
+        self._is_parked = (
+            f"EXISTS (SELECT FROM {beside(table, 'parked')} AS parked WHERE parked.consumer = event.consumer"
+            " AND parked.source = event.source AND parked.message_id = event.message_id)"
+        )
         self._forget = [
             _forget(beside(table, "parked"), "consumer", "AND state IN ('handled', 'discarded')"),
             _forget(beside(table, "attempt"), "consumer"),
@@ -78,18 +83,18 @@ class InboxTable:
             raise ValueError(f"older_than is {older_than}: nothing was processed in the future")
         age = {"consumer": self._consumer, "seconds": older_than.total_seconds()}
         parameter = json.dumps(age, ensure_ascii=False)
-        for (partition,) in (yield _find_past_partitions(self._table), parameter):
-            yield _drop(partition, self._consumer, older_than.total_seconds()), None
         deleted = 0
-        for table, block in (yield _find_old(self._table), parameter):
-            here = {**age, "first": block, "end": block + _BLOCKS_AT_A_TIME}
-            ((count,),) = yield _delete(table), json.dumps(here, ensure_ascii=False)
-            deleted += count
         for forget in self._forget:
             count = _ROWS_AT_A_TIME
             while count == _ROWS_AT_A_TIME:
                 ((count,),) = yield forget, parameter
                 deleted += count
+        for (partition,) in (yield _find_past_partitions(self._table), parameter):
+            yield _drop(partition, self._consumer, older_than.total_seconds(), self._is_parked), None
+        for table, block in (yield _find_old(self._table, self._is_parked), parameter):
+            here = {**age, "first": block, "end": block + _BLOCKS_AT_A_TIME}
+            ((count,),) = yield _delete(table, self._is_parked), json.dumps(here, ensure_ascii=False)
+            deleted += count
         return deleted
 
 
@@ -154,7 +159,7 @@ def _find_past_partitions(table: str) -> Statement:
     )
 
 
-def _drop(partition: str, consumer: str, seconds: float) -> Statement:
+def _drop(partition: str, consumer: str, seconds: float, is_parked: str = "false") -> Statement:
     """Drops it if it holds nothing but old rows of this consumer, and locks are free soon. Else its rows are deleted.
 
     What came after the first look was processed just now. So the second one, at what nobody can change any more, looks
@@ -167,7 +172,9 @@ def _drop(partition: str, consumer: str, seconds: float) -> Statement:
         tag = f"$_{tag[1:]}"
     return Statement(
         f"""DO {tag} BEGIN
-            IF EXISTS (SELECT FROM ONLY {partition} WHERE {is_fresh} OR consumer <> {name}) THEN RETURN; END IF;
+            IF EXISTS (SELECT FROM ONLY {partition} AS event WHERE {is_fresh} OR consumer <> {name} OR {is_parked}) THEN
+                RETURN;
+            END IF;
             SET LOCAL enable_seqscan = off;
             SET LOCAL lock_timeout = '50ms';
             LOCK TABLE ONLY {partition} IN SHARE ROW EXCLUSIVE MODE;
@@ -177,7 +184,7 @@ def _drop(partition: str, consumer: str, seconds: float) -> Statement:
     )
 
 
-def _find_old(table: str) -> Statement:
+def _find_old(table: str, is_parked: str) -> Statement:
     """Where old rows are: table or partition, and the first block of a group."""
     return Statement(
         _AGE[0],
@@ -185,7 +192,7 @@ def _find_old(table: str) -> Statement:
             SELECT DISTINCT event.tableoid AS heap,
                    CAST((CAST(CAST(event.ctid AS text) AS point))[0] AS bigint) / {_BLOCKS_AT_A_TIME}
                        * {_BLOCKS_AT_A_TIME} AS block
-              FROM {table} AS event WHERE {_IS_OLD}
+              FROM {table} AS event WHERE {_IS_OLD} AND NOT {is_parked}
         )
         SELECT quote_ident(nspname) || '.' || quote_ident(relname), block
           FROM place JOIN pg_class ON pg_class.oid = heap JOIN pg_namespace AS n ON n.oid = relnamespace
@@ -194,7 +201,7 @@ def _find_old(table: str) -> Statement:
     )
 
 
-def _delete(table: str) -> Statement:
+def _delete(table: str, is_parked: str) -> Statement:
     """How many it deleted. What is locked is passed over: another cleaner has it."""
     return Statement(
         _AGE[0],
@@ -202,7 +209,7 @@ def _delete(table: str) -> Statement:
             SELECT event.ctid AS place FROM ONLY {table} AS event
              WHERE event.ctid >= (SELECT CAST('(' || first || ',0)' AS tid) FROM age)
                AND event.ctid < (SELECT CAST('(' || "end" || ',0)' AS tid) FROM age) AND {_IS_OLD}
-               FOR UPDATE SKIP LOCKED
+               AND NOT {is_parked} FOR UPDATE SKIP LOCKED
         ), gone AS (DELETE FROM ONLY {table} AS event USING old WHERE event.ctid = old.place RETURNING 1)
         SELECT count(*) FROM gone""",
         returns=True,

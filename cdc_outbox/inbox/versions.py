@@ -28,13 +28,13 @@ class VersionTable:
             "source": message.source,
             "topic": message.topic,
             "subject": _checked(message.key, "key"),
-            "version": _comparable(message.sequence if version is None else version),
+            "version": f"s{message.sequence}" if version is None and message.sequence else _comparable(version),
         }
         return bool((yield self._advance, json.dumps(parameter, ensure_ascii=False)))
 
 
 def _comparable(version: int | str | None) -> str:
-    """Text that is ordered as the versions are. Raises ValueError."""
+    """Text that is ordered as the versions are, its kind in front. Raises ValueError."""
     if isinstance(version, bool) or version is None or not isinstance(version, int | str):
         raise ValueError(
             f"the version is {version!r}: give the aggregate's own, version=..., a whole number or a text that is"
@@ -43,8 +43,10 @@ def _comparable(version: int | str | None) -> str:
     if isinstance(version, int):
         if not 0 <= version < 10**_DIGITS:
             raise ValueError(f"version {version} is negative, or has more than {_DIGITS} digits")
-        return f"{version:0{_DIGITS}d}"
-    return _checked(version, "version")
+        return f"n{version:0{_DIGITS}d}"
+    if version.isdecimal() and len(version) < _DIGITS:
+        raise ValueError(f"version {version!r} is a number in a text, where 10 comes before 9: give it as a number")
+    return "t" + _checked(version, "version")
 
 
 def _checked(text: str, name: str) -> str:
@@ -54,7 +56,10 @@ def _checked(text: str, name: str) -> str:
 
 
 def _advance(table: str) -> Statement:
-    """The row, if it is the first or now holds a later version. A session that has it right now is waited for."""
+    """The row, if it is the first, or now holds a later version, or one of another kind: those cannot be compared.
+
+    A session that has it right now is waited for.
+    """
     return Statement(
         "WITH given AS (SELECT CAST(CAST(",
         f""" AS text) AS json) AS given)
@@ -62,7 +67,7 @@ def _advance(table: str) -> Statement:
         SELECT given ->> 'consumer', given ->> 'source', given ->> 'topic', given ->> 'subject', given ->> 'version'
           FROM given
         ON CONFLICT (consumer, source, topic, subject) DO UPDATE SET version = EXCLUDED.version
-         WHERE known.version < EXCLUDED.version
+         WHERE known.version < EXCLUDED.version OR left(known.version, 1) <> left(EXCLUDED.version, 1)
         RETURNING 1""",
         returns=True,
     )

@@ -1,5 +1,6 @@
 -- Why: a projection must not be set back by an event that comes late, or again. The latest version of each aggregate that
--- a consumer has seen is kept here. An aggregate is a topic and a key; a version is ordered byte by byte.
+-- a consumer has seen is kept here. An aggregate is a topic and a key; a version is ordered byte by byte. Its first letter
+-- is its kind: n a number, t a text, s the relay's sequence.
 --
 -- Rows are never pruned: a tombstone's version keeps what came before it from coming back.
 --

@@ -13,7 +13,7 @@ import psycopg
 import psycopg2
 import pytest
 import sqlalchemy as sa
-from confluent_kafka import Consumer, Producer
+from confluent_kafka import Consumer, DeserializingConsumer, Producer, TopicPartition
 from sqlalchemy.orm import Session
 
 from cdc_outbox.inbox import Message, NoTransaction, dbapi, sqlalchemy
@@ -23,7 +23,7 @@ from cdc_outbox.inbox.confluent import PoisonMessage, consume
 from cdc_outbox.inbox.librdkafka import setting
 from support.applications import django_connections, url
 from support.waiting import wait_until
-from support.world import World, create_topic
+from support.world import World, create_topic, make_world
 
 Handler = Callable[[Any, Message], None]
 INSERT = "INSERT INTO effect VALUES ('{}')"
@@ -48,7 +48,7 @@ class Topic:
         return Consumer(
             {
                 "bootstrap.servers": self.world.bootstrap_servers,
-                "group.id": self.world.name,
+                "group.id": self.name,
                 "group.instance.id": "the-only-one",
                 "auto.offset.reset": "earliest",
                 "enable.auto.commit": False,
@@ -101,8 +101,6 @@ class Topic:
         return dict(self.world.db.execute("SELECT message_id, state FROM inbox_parked ORDER BY place").fetchall())
 
     def committed_offset(self) -> int:
-        from confluent_kafka import TopicPartition
-
         consumer = self.consumer()
         (place,) = consumer.committed([TopicPartition(self.name, 0)], timeout=10)
         consumer.close()
@@ -111,6 +109,10 @@ class Topic:
 
 @pytest.fixture
 def topic(world: World) -> Topic:
+    return make_topic(world)
+
+
+def make_topic(world: World) -> Topic:
     name = f"outbox.{world.name}"
     create_topic(world.bootstrap_servers, name, partitions=2)
     world.db.execute(inbox_sql.sql().encode())
@@ -163,6 +165,17 @@ class TestRefusals:
         with pytest.raises(psycopg.errors.UndefinedTable) as refusal:
             topic.run()
         assert "cdc-outbox migrate inbox up" in refusal.value.__notes__[0]
+
+    def test_what_is_no_consumer_or_inbox_for_it(self, topic: Topic) -> None:
+        from cdc_outbox.inbox.django import Inbox as DjangoInbox
+
+        connect: Any = lambda: pytest.fail("it connects")  # noqa: E731
+        deserializing: Any = DeserializingConsumer({"bootstrap.servers": "h:1", "group.id": "g"})
+        with pytest.raises(TypeError, match="deserialize in the handler"):
+            consume(deserializing, connect, topic.handle, inbox=inbox_psycopg.Inbox("billing"))
+        inbox: Any = DjangoInbox("billing")
+        with pytest.raises(TypeError, match="with Django's connection psycopg's"):
+            topic.run(inbox=inbox)
 
     def test_a_mistake_in_what_connects(self, topic: Topic) -> None:
         with pytest.raises(KeyError):
@@ -319,13 +332,82 @@ class TestPoison:
         (foreign,) = (message for message in topic.seen if message.id == name)
         assert (foreign.value, foreign.key, foreign.headers) == (b"foreign", "a", {"trace": "t"})
 
-    def test_when_all_fail_the_topic_is_not_parked_in_a_moment(self, topic: Topic) -> None:
-        """What they all need is away: the more fail in a row, the longer it waits."""
-        topic.produce(*map(str, range(200)))
-        with topic.running(failing(topic, *map(str, range(200))), on_poison="park", attempts=1):
-            wait_until(lambda: len(topic.states()) >= 10, "some are parked")
-            time.sleep(2)
-            assert len(topic.states()) < 60
+    def test_nobody_waits_for_a_burst_of_it(self, topic: Topic) -> None:
+        bad = [f"bad-{number}" for number in range(30)]
+        topic.produce(*bad, "good")
+        began = time.monotonic()
+        with topic.running(failing(topic, *bad), on_poison="park", attempts=3):
+            topic.wait_for("good")
+            assert time.monotonic() - began < 5
+            wait_until(lambda: list(topic.states().values()) == ["parked"] * 30, "all are parked", timeout_seconds=30)
+
+    def test_the_next_start_begins_anew(self, topic: Topic) -> None:
+        """After a stop because of poison the handler is called again; nothing says that a process has died."""
+        topic.produce("1")
+        for _ in range(2):
+            with pytest.raises(PoisonMessage, match="1 cannot be taken"):
+                topic.run(failing(topic, "1"), attempts=2)
+        with topic.running(attempts=2):
+            topic.wait_for("1")
+
+    def test_the_same_consumer_goes_on_where_it_was(self, topic: Topic) -> None:
+        """Also one that the caller has subscribed: what was fetched and not handled is fetched again."""
+        topic.produce(*map(str, range(10)))
+        consumer, stop = topic.consumer(), threading.Event()
+        consumer.subscribe([topic.name])
+        options: Any = {"inbox": inbox_psycopg.Inbox("billing"), "attempts": 2, "stop": stop}
+        with pytest.raises(PoisonMessage):
+            consume(consumer, lambda: psycopg.connect(topic.world.dsn), failing(topic, "3"), **options)
+
+        def handle(connection: Any, message: Message) -> None:
+            topic.handle(connection, message)
+            if message.id == "9":
+                stop.set()
+
+        consume(consumer, lambda: psycopg.connect(topic.world.dsn), handle, **options)
+        consumer.close()
+        assert topic.effects() == list(map(str, range(10)))
+
+    def test_a_message_that_costs_the_connection_each_time(self, topic: Topic) -> None:
+        """It is not taken for a database that is away: the others go on."""
+
+        def handle(connection: psycopg.Connection[Any], message: Message) -> None:
+            topic.handle(connection, message)
+            if message.id == "bad":
+                connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+
+        with topic.running(handle, on_poison="park", attempts=3):
+            topic.produce("1")
+            topic.wait_for("1")
+            topic.produce("2", "bad", "3")
+            topic.wait_for("2", "3")
+        assert topic.states() == {"bad": "parked"}
+
+    def test_a_lock_that_is_waited_for_is_no_attempt(self, topic: Topic) -> None:
+        topic.produce("1")
+        with psycopg.connect(topic.world.dsn) as other:
+            inbox_psycopg.Inbox("billing").once(other, Message("1", None))
+            connect = lambda: psycopg.connect(topic.world.dsn, options="-c lock_timeout=50ms")  # noqa: E731
+            with topic.running(connect=connect, on_poison="park", attempts=2):
+                waiting = "SELECT attempts FROM inbox_attempt"
+                wait_until(lambda: topic.world.db.execute(waiting).fetchall() == [(1,)], "it was begun")
+                time.sleep(1.5)
+                assert topic.world.db.execute(waiting).fetchall() == [(1,)]
+                other.rollback()
+                topic.wait_for("1")
+        assert topic.states() == {}
+
+    def test_an_id_that_the_database_cannot_hold(self, postgres: str, kafka: str) -> None:
+        with make_world(postgres, kafka, encoding="LATIN1") as world:
+            topic = make_topic(world)
+            topic.produce("1", "m-\u2192", "2")
+            with topic.running(on_poison="park"):
+                topic.wait_for("1", "2")
+                wait_until(lambda: list(topic.states().values()) == ["parked"], "it is parked")
+            topic.produce("3", "n-\u2192")
+            with pytest.raises(PoisonMessage):
+                topic.run()
+            assert "3" in topic.effects()
 
     def test_a_retry_that_succeeds_frees_its_key(self, topic: Topic) -> None:
         failures = iter([True, True, False])
@@ -363,8 +445,6 @@ class TestMessages:
         assert topic.world.db.execute("SELECT source FROM inbox").fetchall() == [("eu",)]
 
     def test_a_consumer_that_is_assigned_already(self, topic: Topic) -> None:
-        from confluent_kafka import TopicPartition
-
         topic.produce("1")
         consumer, stop = topic.consumer(**{"group.instance.id": "another"}), threading.Event()
         consumer.assign([TopicPartition(topic.name, 0, 0)])
@@ -378,6 +458,65 @@ class TestMessages:
         assert topic.effects() == ["1"]
         consumer.close()
         assert topic.committed_offset() == 1
+
+
+def test_a_connection_that_is_set_to_something(topic: Topic) -> None:
+    """Which leaves a transaction open."""
+
+    def connect() -> psycopg.Connection[Any]:
+        connection = psycopg.connect(topic.world.dsn)
+        connection.execute("SET lock_timeout = '1s'")
+        return connection
+
+    topic.produce("1")
+    with topic.running(connect=connect):
+        topic.wait_for("1")
+
+
+def test_a_parked_message_is_not_another_topics(topic: Topic) -> None:
+    """Two loops with one inbox, one a topic, each with a handler of its own."""
+    other = Topic(topic.world, f"{topic.name}.other", topic.producer)
+    create_topic(topic.world.bootstrap_servers, other.name, partitions=1)
+    topic.produce("1")
+    with topic.running(failing(topic, "1"), on_poison="park", attempts=1):
+        wait_until(lambda: topic.states() == {"1": "parked"}, "it is parked")
+    with psycopg.connect(topic.world.dsn) as connection:
+        inbox_psycopg.Inbox("billing").unpark(connection, "1")
+    with other.running(on_poison="park"):
+        other.produce("2")
+        other.wait_for("2")
+        time.sleep(1.5)
+    assert [message.id for message in other.seen] == ["2"]
+    with topic.running(on_poison="park"):
+        topic.wait_for("1")
+
+
+def test_one_that_lost_its_partition_does_not_set_the_offset_back(topic: Topic) -> None:
+    """The broker would take it: it looks at the member, not at what is assigned to it."""
+    first, stop = topic.consumer(**{"group.instance.id": "first"}), threading.Event()
+    first.subscribe([topic.name])
+    topic.produce(*map(str, range(10)))
+    thread = threading.Thread(
+        target=consume,
+        args=(first, lambda: psycopg.connect(topic.world.dsn), topic.handle),
+        kwargs={"inbox": inbox_psycopg.Inbox("billing"), "stop": stop},
+    )
+    thread.start()
+    topic.wait_for("9")
+    second = topic.consumer(**{"group.instance.id": "a-second"})
+    second.subscribe([topic.name])  # of two partitions the member whose name sorts first has the first
+    for _ in range(100):
+        second.poll(0.1)
+        if any(place.partition == 0 for place in second.assignment()):
+            break
+    else:
+        pytest.fail("the second did not get the partition")
+    second.commit(offsets=[TopicPartition(topic.name, 0, 60)], asynchronous=False)
+    stop.set()
+    thread.join()
+    first.close()
+    second.close()
+    assert topic.committed_offset() == 60
 
 
 def test_signals_stop_it(topic: Topic) -> None:

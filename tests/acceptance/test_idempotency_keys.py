@@ -138,5 +138,13 @@ def test_what_cannot_be_kept_is_refused(consuming: World, start: Start, kind: ty
             inbox.store(request, None)
         with pytest.raises(TypeError, match="a set cannot be kept"):
             inbox.store(request, {1})
+        for response in ((1, 2), {1: "a number as a key"}, [float("nan")]):
+            with pytest.raises(TypeError, match="cannot be kept"):
+                inbox.store(request, response)
+    with pytest.raises(ZeroDivisionError), application.inside(application.transaction()):
+        request = inbox.call("request", "another-key", b"")
+        1 / 0  # noqa: B018
+    with pytest.raises(RuntimeError, match="is over"), application.inside(application.transaction()):
+        inbox.store(request, "too late")
     with pytest.raises(InProgress, match="nothing was stored for it"), application.inside(application.transaction()):
         inbox.call("request", "a-key", b"")

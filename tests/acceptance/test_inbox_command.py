@@ -137,7 +137,7 @@ def test_discard(parked: World) -> None:
     assert "waits behind 'm-1'" in refused.err
     done = command.run(parked.environment, "inbox", "discard", "--all", "--consumer", "billing")
     assert (done.exit_code, done.out) == (0, "message m-1 discarded\nmessage m-2 discarded\n")
-    assert [row["message_id"] for row in rows(parked)] == ["m-2"]
+    assert [(row["message_id"], row["state"]) for row in rows(parked)] == [("m-1a", "retry"), ("m-2", "parked")]
 
 
 @pytest.mark.parametrize("verb", ["unpark", "discard"])

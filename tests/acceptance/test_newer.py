@@ -48,6 +48,7 @@ def test_only_what_is_newer(consuming: World, start: Start, kind: type[Applicati
         ({"key": "a"}, 1.5, "give the aggregate's own"),
         ({"key": "a"}, -1, "is negative"),
         ({"key": "a"}, 10**20, "more than 20 digits"),
+        ({"key": "a"}, "10", "'10' is a number in a text"),
         ({"key": "a"}, "", "the version is empty"),
         ({"key": "a"}, "1\0", "has a NUL"),
         ({"key": "k" * 501}, 1, "the key is empty, has a NUL in it, is no text, or has over 500 bytes"),
@@ -59,6 +60,16 @@ def test_what_has_no_order_is_refused(
     application = start()
     with pytest.raises(ValueError, match=told), application.inside(application.transaction()):
         Consumer(application, "search").call("newer", a_message(**message), version=version)
+
+
+def test_another_kind_of_version_begins_anew(consuming: World, start: Start) -> None:
+    """They cannot be compared; and nothing must be old for ever."""
+    application = start()
+    inbox = Consumer(application, "search")
+    with application.inside(application.transaction()):
+        for version, sequence in ((None, "68e5" + "0" * 36), (7, None), ("2026-01-01", None), (1, None)):
+            assert inbox.call("newer", a_message(key="a", sequence=sequence), version=version)
+            assert not inbox.call("newer", a_message(key="a", sequence=sequence), version=version)
 
 
 def test_two_sessions_at_once(consuming: World, start: Start) -> None:

@@ -3,6 +3,7 @@
 import threading
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import psycopg
@@ -10,6 +11,8 @@ import pytest
 
 from cdc_outbox.inbox import Message, NotParked, OpenTransaction
 from cdc_outbox.inbox import schema as inbox_sql
+from cdc_outbox.inbox.attempts import DIED
+from cdc_outbox.inbox.parking import _portions
 from cdc_outbox.inbox.psycopg import Inbox
 from support.applications import ALL, Application, Consumer, Psycopg, Start, a_message
 from support.waiting import wait_until
@@ -149,7 +152,7 @@ def test_a_handler_that_ends_its_process_is_found(consuming: World, start: Start
         be_due(consuming)
     assert inbox.call("due", attempts=3) is None
     row = consuming.db.execute("SELECT state, attempts, error FROM inbox_parked").fetchone()
-    assert row == ("parked", 3, "the process ended while it was handling this, each time")
+    assert row == ("parked", 3, DIED)
 
 
 @every_driver
@@ -314,8 +317,6 @@ def test_nothing_of_a_row_keeps_it_from_being_parked(postgres: str, kafka: str, 
 
 @on_plain
 def test_what_is_past_is_pruned_and_what_waits_is_not(consuming: World, start: Start) -> None:
-    from datetime import timedelta
-
     application = start()
     inbox = Consumer(application, "billing")
     for name in ("1", "2", "3"):
@@ -341,3 +342,50 @@ def test_attempts_are_written_down_beforehand(consuming: World) -> None:
         inbox.forget_attempts(connection, [message])
         connection.commit()
         assert inbox.count_attempt(connection, message) == 1
+
+
+def test_ids_are_not_pruned_while_their_message_waits(consuming: World, start: Start) -> None:
+    """Nor soon after it was handled: counted from when it was parked they are old."""
+    application = start()
+    inbox = Consumer(application, "billing")
+    messages = [a_message("1", key=None), a_message("2", key="a"), a_message("3", key="b")]
+    for message in messages:
+        park(application, inbox, message)
+    consuming.db.execute("UPDATE inbox SET processed_at = now() - interval '8 days'")
+    consuming.db.execute("UPDATE inbox_parked SET parked_at = now() - interval '8 days'")
+    with application.inside(application.transaction()):
+        inbox.call("unpark", "2")
+        inbox.call("discard", "3")
+    assert retry(application, inbox) == "2"
+    assert inbox.prune(timedelta(days=7)) == 0
+    assert consume(application, inbox, *messages) == []
+    consuming.db.execute("UPDATE inbox_parked SET changed_at = now() - interval '8 days'")
+    assert inbox.prune(timedelta(days=7)) == 4  # two ids, two parked messages
+    assert states(consuming) == {"1": "parked"}
+
+
+def test_keys_that_are_no_text_stay_apart(consuming: World, start: Start) -> None:
+    application = start()
+    inbox = Consumer(application, "billing")
+
+    def message(name: str, key: bytes) -> Message:
+        return Message.from_headers({"id": name}, key=key, value=b"", committed_at=datetime.now(UTC), topic="t")
+
+    park(application, inbox, message("1", b"\x01\xc8"))
+    assert consume(application, inbox, message("2", b"\x01\xc9"), message("3", b"\x01\xc8")) == ["2"]
+
+
+@on_plain
+def test_many_large_followers_are_parked_in_portions(consuming: World, start: Start) -> None:
+    """One statement with all of them would take the server a gigabyte or more."""
+    application = start()
+    inbox = Consumer(application, "billing")
+    park(application, inbox, a_message("0", key="a"))
+    followers = [a_message(f"f-{number}", key="a", value=bytes(1_000_000)) for number in range(20)]
+    assert consume(application, inbox, *followers) == []
+    rows = consuming.db.execute(
+        "SELECT message_id, octet_length(value) FROM inbox_parked WHERE state = 'behind' ORDER BY place"
+    )
+    assert rows.fetchall() == [(f"f-{number}", 1_000_000) for number in range(20)]
+    assert [len(some) for some in _portions([{"value": "x" * 1_500_000}] * 5)] == [2, 2, 1]
+    assert [len(some) for some in _portions([{"value": "x" * 9_000_000}] * 2)] == [1, 1]

@@ -1,10 +1,12 @@
 """The examples, run as they stand: applications whose order becomes a record, consumers that ship each order once."""
 
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,10 @@ from psycopg import conninfo
 
 from cdc_outbox.demo.relay import RelayProcess
 from cdc_outbox.inbox import schema as inbox_schema
+from support import command
 from support.applications import url
 from support.waiting import wait_until
-from support.world import World, create_topic, read_topic
+from support.world import World, create_topic, headers_of, read_topic
 
 TESTS = Path(__file__).parents[1]
 ORDERS = 20
@@ -55,11 +58,11 @@ def environment(world: World) -> dict[str, str]:
     }
 
 
-def run(world: World, *command: str) -> str:
+def run(world: World, *command: str, **more: str) -> str:
     done = subprocess.run(
         [sys.executable, *command],
         cwd=TESTS,
-        env=environment(world),
+        env={**environment(world), **more},
         capture_output=True,
         text=True,
         timeout=60,
@@ -97,13 +100,17 @@ def test_an_application_says_what_it_did(shop: World, command: tuple[str, ...]) 
     assert shop.db.execute("SELECT customer, total FROM orders").fetchall() == [("Ada", 620)]
 
 
+def consuming(world: World, module: str, log: Path, **more: str) -> AbstractContextManager[None]:
+    return running(world, ("-m", f"examples.{module}"), log, **more)
+
+
 @contextmanager
-def consuming(world: World, module: str, log: Path) -> Iterator[None]:
+def running(world: World, command: tuple[str, ...], log: Path, **more: str) -> Iterator[None]:
     with log.open("ab") as output:
         process = subprocess.Popen(
-            [sys.executable, "-m", f"examples.{module}"],
+            [sys.executable, *command],
             cwd=TESTS,
-            env=environment(world),
+            env={**environment(world), **more},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
@@ -137,6 +144,56 @@ def test_a_consumer_ships_each_order_once(shop: World, module: str, tmp_path: Pa
         wait_until(lambda: shipped(shop) == 2 * ORDERS, "all are shipped")
     each_once = shop.db.execute("SELECT order_id FROM shipment ORDER BY order_id").fetchall()
     assert each_once == [(number,) for number in range(1, 2 * ORDERS + 1)]
+
+
+def test_with_celery(shop: World, tmp_path: Path) -> None:
+    """An event twice in the topic, and a task twice in the queue: one shipment."""
+    (tmp_path / "queue").mkdir()
+    folders = dict.fromkeys(("data_folder_in", "data_folder_out", "control_folder"), str(tmp_path / "queue"))
+    more = {"CELERY_BROKER_URL": "filesystem://", "CELERY_BROKER_OPTIONS": json.dumps(folders)}
+    worker = ("celery", "-A", "examples.celery_orders", "worker", "--pool", "solo", "--loglevel", "INFO")
+    run(shop, "-c", PLACE)
+    (record, *_) = read_topic(shop.bootstrap_servers, topic(shop), ORDERS)
+    again = Producer({"bootstrap.servers": shop.bootstrap_servers})
+    again.produce(topic(shop), record.value(), record.key(), headers=record.headers(), timestamp=record.timestamp()[1])
+    again.flush()
+    at = datetime.fromtimestamp(record.timestamp()[1] / 1000, UTC).isoformat()
+    arguments = (dict(headers_of(record))["id"], at, (record.value() or b"").decode())
+    twice = f"from examples.celery_orders import ship; ship.delay(*{arguments!r})"
+    with (
+        consuming(shop, "celery_orders", tmp_path / "consumer.log", **more),
+        running(shop, ("-m", *worker), tmp_path / "worker.log", **more),
+    ):
+        wait_until(lambda: shipped(shop) == ORDERS, "all are shipped", timeout_seconds=30)
+        run(shop, "-c", twice, **more)
+        tasks = "SELECT FROM inbox WHERE consumer = 'shipping queue'"
+        assert shop.db.execute(tasks).rowcount == ORDERS
+        done = "succeeded in"
+        wait_until(lambda: (tmp_path / "worker.log").read_text().count(done) == ORDERS + 1, "all tasks are done")
+    assert shop.db.execute("SELECT order_id FROM shipment ORDER BY 1").fetchall() == [
+        (number,) for number in range(1, ORDERS + 1)
+    ]
+
+
+def test_with_faststream_and_parking(shop: World, tmp_path: Path) -> None:
+    """An order that cannot be shipped waits, one of the same key behind it; the others do not."""
+    shop.db.execute("CREATE TABLE address (customer text PRIMARY KEY, address text NOT NULL)")
+    shop.db.execute("INSERT INTO address VALUES ('Ada', 'Somerville')")
+    producer = Producer({"bootstrap.servers": shop.bootstrap_servers})
+    for number, (key, customer) in enumerate([("k", "Ada"), ("b", "Bob"), ("b", "Ada"), ("l", "Ada")]):
+        order = json.dumps({"order": number, "customer": customer}).encode()
+        producer.produce(topic(shop), order, key, 0, headers={"id": f"e-{number}"})
+    producer.flush()
+    with consuming(shop, "faststream_parking", tmp_path / "consumer.log"):
+        wait_until(lambda: shipped(shop) == 2, "the others are shipped", timeout_seconds=30)
+        states = "SELECT message_id, state FROM inbox_parked ORDER BY place"
+        expected = [("e-1", "parked"), ("e-2", "behind")]
+        wait_until(lambda: shop.db.execute(states).fetchall() == expected, "it is parked", timeout_seconds=30)
+        shop.db.execute("INSERT INTO address VALUES ('Bob', 'Elsewhere')")
+        done = command.run(shop.environment, "inbox", "unpark", "e-1")
+        assert (done.exit_code, done.out) == (0, "message e-1 handled\n")
+        wait_until(lambda: shipped(shop) == 4, "all are shipped", timeout_seconds=30)
+    assert shop.db.execute("SELECT order_id FROM shipment ORDER BY id").fetchall() == [(0,), (3,), (1,), (2,)]
 
 
 def snippets(heading: str) -> str:

@@ -3,7 +3,7 @@
 As an application of Django's (``"cdc_outbox.inbox.django"`` in INSTALLED_APPS) it brings the migration of the tables.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 from cdc_outbox.inbox import (
@@ -43,7 +43,8 @@ class Inbox:
 
     They work in ``transaction.atomic(using=...)``, and raise NoTransaction outside, but for ``due`` and ``prune``,
     which need a connection without one. Has no connection and no state: make one, keep it. Raises ValueError for a
-    consumer without a name, or a table that cannot be one.
+    consumer without a name, or a table that cannot be one. ``confluent.consume`` takes psycopg's Inbox, and Django's
+    connection (README.md).
     """
 
     def __init__(self, consumer: str, *, table: str = "public.inbox") -> None:
@@ -73,9 +74,9 @@ class Inbox:
         """Park those that follow a parked message of the same topic and key; returns the others, in their order."""
         return self._inbox.park_followers(using, messages)
 
-    def due(self, *, attempts: int = 5, using: str = "default") -> Message | None:
+    def due(self, *, attempts: int = 5, topics: Sequence[str] | None = None, using: str = "default") -> Message | None:
         """The next parked message whose turn it is to be tried again, or None."""
-        return self._inbox.due(using, attempts=attempts)
+        return self._inbox.due(using, attempts=attempts, topics=topics)
 
     def retry(self, message: Message, *, using: str = "default") -> bool:
         """Whether a message from ``due`` is still to be handled. Then act on it, in this transaction."""

@@ -1,0 +1,59 @@
+"""Celery: the consumer puts each event into its queue, and the task ships the order once.
+
+`python -m examples.celery_orders` is the consumer, `celery -A examples.celery_orders worker` works. In the place of
+`task.delay_on_commit()`, which loses the task when the process ends, or the queue is away, after the commit.
+
+Two steps, so two inboxes. An event may be put into the queue twice, if the consumer ends before its commit, and a task
+may run twice, if its worker ends (acks_late); the task's own inbox makes one shipment of it. Workers keep no order:
+where it matters, do the work in the consumer, or ask `newer`.
+"""
+
+import json
+import os
+from datetime import datetime
+
+import psycopg
+from celery import Celery
+from confluent_kafka import Consumer
+
+from cdc_outbox.inbox.confluent import consume
+from cdc_outbox.inbox.psycopg import Inbox, Message
+
+app = Celery("shipping", broker=os.environ["CELERY_BROKER_URL"])
+app.conf.update(
+    task_acks_late=True,
+    task_reject_on_worker_lost=True,
+    broker_transport_options=json.loads(os.environ.get("CELERY_BROKER_OPTIONS", "{}")),
+)
+inbox = Inbox("shipping")
+
+
+@app.task(autoretry_for=(psycopg.OperationalError,), retry_backoff=True, max_retries=None)  # type: ignore[untyped-decorator] # Celery has no types
+def ship(event_id: str, committed_at: str, order: str) -> None:
+    with psycopg.connect(os.environ["DATABASE_URL"]) as connection:
+        if inbox.once(connection, Message(event_id, datetime.fromisoformat(committed_at))):
+            connection.execute("INSERT INTO shipment (order_id) VALUES (%s)", [json.loads(order)["order"]])
+
+
+def enqueue(_connection: psycopg.Connection, message: Message) -> None:
+    """If the queue is away this raises, and the message is tried again."""
+    assert message.committed_at
+    ship.delay(message.id, message.committed_at.isoformat(), message.value.decode())
+
+
+def main() -> None:
+    consumer = Consumer(
+        {
+            "bootstrap.servers": os.environ["KAFKA"],
+            "group.id": os.environ.get("GROUP", "shipping"),
+            "auto.offset.reset": "earliest",
+            "enable.auto.commit": False,
+        }
+    )
+    connect = lambda: psycopg.connect(os.environ["DATABASE_URL"])  # noqa: E731 - of one line
+    consume(consumer, connect, enqueue, inbox=Inbox("shipping queue"), topics=[os.environ["TOPIC"]])
+    consumer.close()
+
+
+if __name__ == "__main__":
+    main()
