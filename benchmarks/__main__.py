@@ -18,7 +18,7 @@ from benchmarks.charts import draw
 from benchmarks.drain import Incomplete, drain
 from benchmarks.lane import Backlog
 from benchmarks.latency import measure_latency
-from benchmarks.libraries import measure_emit, measure_inbox
+from benchmarks.libraries import measure_consume, measure_emit, measure_inbox
 from benchmarks.lives import measure_crash, measure_huge, measure_idle, measure_start
 from benchmarks.peers import BY_DEFAULT, NAMES, WITHOUT_JAVA, Unavailable, make_peer
 from benchmarks.report import US, Growth, Report
@@ -28,7 +28,7 @@ DRAINS: Final = {
     "drain-single": Backlog(300_000, 1),
     "drain-bulk-jsonb": Backlog(400_000, 100, payload_type="jsonb"),
 }
-OTHERS: Final = ("latency", "start", "crash", "huge", "idle", "growth", "emit", "inbox")
+OTHERS: Final = ("latency", "start", "crash", "huge", "idle", "growth", "emit", "inbox", "consume")
 _RATES: Final = (50, 500, 5000)
 #: The quick form divides events by this: enough to see that the harness works, too little for a figure.
 _QUICK: Final = 200
@@ -119,6 +119,8 @@ def _plan(
         steps.append(("emit", lambda: report.emit.extend(measure_emit(arena, 1_000 // shrink))))
     if "inbox" in scenarios:
         steps.append(("inbox", lambda: report.inbox.extend(measure_inbox(arena, 1_000 // shrink))))
+    if "consume" in scenarios:
+        steps.append(("consume", lambda: report.consume.extend(measure_consume(arena, 20_000 // shrink, repeat))))
     return steps
 
 

@@ -1,24 +1,30 @@
-"""The libraries for applications: what `emit` and `once` add to a transaction, beside the same loop without them.
+"""The libraries for applications: what `emit`, `once` and `consume` add, beside the same loop without them.
 
-One connection, psycopg 3, the application's own statement in each transaction; with and without take turns, round by
-round, so that what the machine does meanwhile falls on both. No relay and no Kafka.
+One connection, psycopg 3, the application's own statement for each message; with and without take turns, round by
+round, so that what the machine does meanwhile falls on both. No relay, and Kafka for `consume` only.
 """
 
+import json
 import statistics
+import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import psycopg
+from confluent_kafka import Consumer, Producer
+from confluent_kafka.admin import AdminClient
+from confluent_kafka.cimpl import NewTopic
 from psycopg import conninfo
 
 from benchmarks.arena import Arena
 from cdc_outbox.demo.scene import own_database
 from cdc_outbox.inbox import schema as inbox_schema
+from cdc_outbox.inbox.confluent import consume
 from cdc_outbox.inbox.psycopg import Inbox, Message
 from cdc_outbox.outbox import schema as outbox_schema
 from cdc_outbox.outbox import uuid7
@@ -76,6 +82,82 @@ def measure_inbox(arena: Arena, messages: int) -> list[Overhead]:
             for what, without, work in (("once", change, once), ("once, a duplicate", nothing, duplicate))
             for per in (1, 100)
         ]
+
+
+@dataclass(frozen=True, slots=True)
+class Rate:
+    """Of `consume`, in batches of 100: median of the rounds."""
+
+    what: str
+    messages: int
+    messages_per_second: float
+
+
+class NoInbox(Inbox):
+    """Takes everything for new, writes nothing down: the same loop, without."""
+
+    def once(self, connection: Connection, message: Message) -> bool:
+        return True
+
+    def once_many(self, connection: Connection, messages: Iterable[Message]) -> list[Message]:
+        return list(messages)
+
+    def park_followers(self, connection: Connection, messages: Iterable[Message]) -> list[Message]:
+        return list(messages)
+
+    def due(self, connection: Connection, **more: Any) -> None:
+        pass
+
+    def count_attempt(self, connection: Connection, message: Message) -> int:
+        return 1
+
+    def forget_attempts(self, connection: Connection, messages: Iterable[Message]) -> None:
+        pass
+
+
+def measure_consume(arena: Arena, messages: int, rounds: int) -> list[Rate]:
+    topic = f"consume_{uuid.uuid4().hex[:8]}"
+    admin = AdminClient({"bootstrap.servers": arena.bootstrap_servers})
+    admin.create_topics([NewTopic(topic, 1, 1)])[topic].result()
+    producer = Producer({"bootstrap.servers": arena.bootstrap_servers, "linger.ms": 50})
+    for number in range(messages):
+        headers: dict[str, str | bytes | None] = {"id": str(uuid7()), "type": "refund.made"}
+        producer.produce(topic, json.dumps(_PAYLOAD), f"a-{number % 1000}", headers=headers)
+        producer.poll(0)
+    producer.flush()
+    inboxes = {"with the inbox": Inbox, "without": NoInbox}
+    with _database(arena, inbox_schema.sql()) as connection:
+        rates = [
+            {what: _consume(arena, connection.info.dsn, topic, kind, messages) for what, kind in inboxes.items()}
+            for _ in range(rounds)
+        ]
+    admin.delete_topics([topic])[topic].result()
+    return [Rate(what, messages, statistics.median(each[what] for each in rates)) for what in inboxes]
+
+
+def _consume(arena: Arena, dsn: str, topic: str, kind: type[Inbox], messages: int) -> float:
+    """Messages a second, but for the first tenth: a partition's first are handled one by one."""
+    group, stop, times = f"g_{uuid.uuid4().hex[:8]}", threading.Event(), []
+
+    def handle(connection: Connection, _message: Message) -> None:
+        connection.execute(_CHANGE, [uuid.uuid4()])
+        times.append(time.perf_counter())
+        if len(times) == messages:
+            stop.set()
+
+    consumer = Consumer(
+        {
+            "bootstrap.servers": arena.bootstrap_servers,
+            "group.id": group,
+            "auto.offset.reset": "earliest",
+            "enable.auto.commit": False,
+        }
+    )
+    connect = lambda: psycopg.connect(dsn, password=conninfo.conninfo_to_dict(arena.admin_dsn).get("password"))  # noqa: E731
+    consume(consumer, connect, handle, inbox=kind(group), topics=[topic], batch=100, stop=stop)
+    consumer.close()
+    first = messages // 10
+    return (messages - first) / (times[-1] - times[first])
 
 
 def change(connection: Connection, count: int) -> None:

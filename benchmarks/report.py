@@ -12,7 +12,7 @@ from rich.table import Table
 
 from benchmarks.drain import Drained
 from benchmarks.latency import Latency
-from benchmarks.libraries import Overhead
+from benchmarks.libraries import Overhead, Rate
 from benchmarks.lives import Crash, Huge, Idle, Start
 
 US: Final = "cdc-outbox"
@@ -39,6 +39,7 @@ class Report:
     growth: list[Growth] = field(default_factory=list)
     emit: list[Overhead] = field(default_factory=list)
     inbox: list[Overhead] = field(default_factory=list)
+    consume: list[Rate] = field(default_factory=list)
     #: peers that could not run, and why
     left_out: dict[str, str] = field(default_factory=dict)
 
@@ -54,6 +55,7 @@ class Report:
             "growth": [{"what": it.what, "value": it.value, **it.drained.as_json()} for it in self.growth],
             "emit": [asdict(it) for it in self.emit],
             "inbox": [asdict(it) for it in self.inbox],
+            "consume": [asdict(it) for it in self.consume],
             "left_out": self.left_out,
         }
 
@@ -66,7 +68,7 @@ class Report:
     def show(self, console: Console) -> None:
         for scenario in self.drains:
             console.print(self._drain_table(scenario))
-        for name in ("latency", "start", "crash", "huge", "idle", "emit", "inbox"):
+        for name in ("latency", "start", "crash", "huge", "idle", "emit", "inbox", "consume"):
             if rows := getattr(self, name):
                 console.print(_plain_table(name, [asdict(row) for row in rows]))
         if self.growth:

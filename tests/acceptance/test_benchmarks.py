@@ -44,6 +44,7 @@ def test_every_scenario_and_the_peers_that_need_no_java(postgres: str, kafka: st
         "growth": 6,
         "emit": 2,
         "inbox": 4,
+        "consume": 2,
     }.items():
         assert len(report[name]) == count, name
     assert report["crash"][0]["lost"] == 0

@@ -13,7 +13,7 @@ import psycopg
 import psycopg2
 import pytest
 import sqlalchemy as sa
-from confluent_kafka import Consumer, DeserializingConsumer, Producer, TopicPartition
+from confluent_kafka import Consumer, DeserializingConsumer, KafkaError, KafkaException, Producer, TopicPartition
 from sqlalchemy.orm import Session
 
 from cdc_outbox.inbox import Message, NoTransaction, dbapi, sqlalchemy
@@ -37,6 +37,7 @@ class Topic:
     name: str
     producer: Producer
     seen: list[Message] = field(default_factory=list)
+    consumer_class: type[Consumer] = Consumer
 
     def produce(self, *names: str, key: str | None = None, **more: Any) -> None:
         for name in names:
@@ -45,7 +46,7 @@ class Topic:
         assert self.producer.flush(10) == 0
 
     def consumer(self, **more: Any) -> Consumer:
-        return Consumer(
+        return self.consumer_class(
             {
                 "bootstrap.servers": self.world.bootstrap_servers,
                 "group.id": self.name,
@@ -517,6 +518,45 @@ def test_one_that_lost_its_partition_does_not_set_the_offset_back(topic: Topic) 
     first.close()
     second.close()
     assert topic.committed_offset() == 60
+
+
+class CommitsFail(Consumer):
+    code = 0
+
+    def commit(self, *_arguments: Any, **_more: Any) -> list[TopicPartition]:  # type: ignore[override] # of its overloads
+        raise KafkaException(KafkaError(self.code))
+
+
+@pytest.mark.parametrize(
+    ("code", "is_survived"),
+    [
+        (KafkaError.ILLEGAL_GENERATION, True),
+        (KafkaError.UNKNOWN_MEMBER_ID, True),
+        (KafkaError.REBALANCE_IN_PROGRESS, True),
+        (KafkaError._STATE, True),
+        (KafkaError._WAIT_COORD, True),
+        (KafkaError.COORDINATOR_NOT_AVAILABLE, True),
+        (KafkaError.GROUP_AUTHORIZATION_FAILED, False),
+        (KafkaError.FENCED_INSTANCE_ID, False),
+    ],
+)
+def test_offsets_that_cannot_be_committed(topic: Topic, code: int, *, is_survived: bool) -> None:
+    """What passes is harmless. What does not is told: else all would come again at each start, for ever."""
+    topic.consumer_class, CommitsFail.code = CommitsFail, code
+    with topic.running() as failures:
+        topic.produce("1", "2")
+        topic.wait_for("1", "2")
+        topic.produce("3")
+        if is_survived:
+            topic.wait_for("3")
+        else:
+            wait_until(lambda: failures, "it ends")
+    assert bool(failures) is not is_survived
+    topic.consumer_class = Consumer
+    with topic.running():  # from the beginning
+        topic.produce("4")
+        topic.wait_for("3", "4")
+    assert topic.effects() == ["1", "2", "3", "4"]
 
 
 def test_signals_stop_it(topic: Topic) -> None:

@@ -28,7 +28,12 @@ app.conf.update(
 inbox = Inbox("shipping")
 
 
-@app.task(autoretry_for=(psycopg.OperationalError,), retry_backoff=True, max_retries=None)  # type: ignore[untyped-decorator] # Celery has no types
+@app.task(  # type: ignore[untyped-decorator] # Celery has no types
+    name="ship",  # else it would have another one in the consumer, whose module is __main__
+    autoretry_for=(psycopg.OperationalError,),
+    retry_backoff=True,
+    max_retries=None,
+)
 def ship(event_id: str, committed_at: str, order: str) -> None:
     with psycopg.connect(os.environ["DATABASE_URL"]) as connection:
         if inbox.once(connection, Message(event_id, datetime.fromisoformat(committed_at))):
