@@ -35,6 +35,8 @@ class Consumers:
     ledger: Ledger = field(default_factory=Ledger)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     kills: int = 0
+    #: Of the first event; of all copies alike, and not so long ago that the broker would forget them.
+    committed_at_ms: int = field(default_factory=lambda: int(time.time() * 1000))
 
     def produce(self, events: int, *, keys: int, times: int = 1, begin: int = 0) -> None:
         """Events as a relay would have published them, each ``times`` times, copies up to 50 records apart."""
@@ -47,7 +49,7 @@ class Consumers:
                     key=f"a-{number % keys}",
                     value=b"{}",
                     headers={"id": f"e-{number}"},
-                    timestamp=1_700_000_000_000 + number,
+                    timestamp=self.committed_at_ms + number,
                 )
                 producer.poll(0)
                 if repeat == 0:

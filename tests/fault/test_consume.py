@@ -13,6 +13,7 @@ import psycopg
 import pytest
 from confluent_kafka import Consumer
 
+from cdc_outbox.inbox.attempts import DIED
 from cdc_outbox.inbox.psycopg import Inbox
 from fault.consumers import Consumers, consumers_of
 from fault.loop_consumer import Settings
@@ -147,7 +148,7 @@ def test_a_message_that_ends_the_process_is_found(consumers: Consumers, on_poiso
     if on_poison == "stop":
         assert process.returncode == 1
         assert "PoisonMessage: message 'e-41'" in consumers.log()
-        assert "the process ended while it was handling this" in consumers.log()
+        assert DIED in consumers.log()
         return
     wait_until(lambda: consumers.parked() == {"parked": 1}, "it is parked")
     consumers.stop(process)
