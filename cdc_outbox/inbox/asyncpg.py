@@ -9,11 +9,12 @@ from cdc_outbox.inbox import (
     NoTransaction,
     OpenTransaction,
 )
-from cdc_outbox.inbox.any_driver import AsyncInboxOf
+from cdc_outbox.inbox.any_driver import AsyncInboxOf, AsyncRequest
 from cdc_outbox.transactions import Rows, Statement, asyncpg
 
 __all__ = [
     "AsyncInbox",
+    "AsyncRequest",
     "IdempotencyKeyReused",
     "InProgress",
     "Message",

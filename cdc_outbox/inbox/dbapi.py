@@ -9,7 +9,7 @@ from cdc_outbox.inbox import (
     NoTransaction,
     OpenTransaction,
 )
-from cdc_outbox.inbox.any_driver import InboxOf
+from cdc_outbox.inbox.any_driver import InboxOf, Request
 from cdc_outbox.transactions import Rows, Statement, dbapi
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "NoTransaction",
     "NotParked",
     "OpenTransaction",
+    "Request",
 ]
 
 

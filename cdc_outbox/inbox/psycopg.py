@@ -13,11 +13,12 @@ from cdc_outbox.inbox import (
     NoTransaction,
     OpenTransaction,
 )
-from cdc_outbox.inbox.any_driver import AsyncInboxOf, InboxOf
+from cdc_outbox.inbox.any_driver import AsyncInboxOf, AsyncRequest, InboxOf, Request
 from cdc_outbox.transactions import Rows, Statement, psycopg
 
 __all__ = [
     "AsyncInbox",
+    "AsyncRequest",
     "IdempotencyKeyReused",
     "InProgress",
     "Inbox",
@@ -26,6 +27,7 @@ __all__ = [
     "NoTransaction",
     "NotParked",
     "OpenTransaction",
+    "Request",
 ]
 
 

@@ -32,12 +32,13 @@ from cdc_outbox.inbox import (
     NoTransaction,
     OpenTransaction,
 )
-from cdc_outbox.inbox.any_driver import AsyncInboxOf, InboxOf
+from cdc_outbox.inbox.any_driver import AsyncInboxOf, AsyncRequest, InboxOf, Request
 from cdc_outbox.transactions import Rows, Statement, parse_table, sqlalchemy
 from cdc_outbox.transactions.sqlalchemy import AnyAsyncConnection, AnyConnection
 
 __all__ = [
     "AsyncInbox",
+    "AsyncRequest",
     "IdempotencyKeyReused",
     "InProgress",
     "Inbox",
@@ -46,6 +47,7 @@ __all__ = [
     "NoTransaction",
     "NotParked",
     "OpenTransaction",
+    "Request",
     "inbox_tables",
 ]
 

@@ -94,6 +94,10 @@ class Consumers:
             else:
                 raise AssertionError(self.log())
 
+    def reconnect(self) -> None:
+        self.db.close()
+        self.db = psycopg.connect(self.settings.dsn, autocommit=True)
+
     def effects(self) -> int:
         row = self.db.execute("SELECT count(*) FROM effect").fetchone()
         return int(row[0]) if row else 0
@@ -114,15 +118,15 @@ class Consumers:
 @contextmanager
 def consumers_of(settings: Settings, folder: Path) -> Iterator[Consumers]:
     """Makes their tables; ends the processes that are left."""
-    with psycopg.connect(settings.dsn, autocommit=True) as db:
-        db.execute(inbox_sql.sql().encode())
-        db.execute(_TABLES)
-        made = Consumers(settings, db, folder)
-        try:
-            yield made
-        finally:
-            for process in made.processes:
-                with suppress(ProcessLookupError):
-                    os.kill(process.pid, signal.SIGCONT)
-                process.kill()
-                process.wait()
+    made = Consumers(settings, psycopg.connect(settings.dsn, autocommit=True), folder)
+    made.db.execute(inbox_sql.sql().encode())
+    made.db.execute(_TABLES)
+    try:
+        yield made
+    finally:
+        made.db.close()
+        for process in made.processes:
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGCONT)
+            process.kill()
+            process.wait()

@@ -195,7 +195,7 @@ def test_a_server_is_away_for_a_minute(stage: Stage, on_stage: Consumers, which:
     stopped_seconds = time.monotonic() - began
     server.start()
     if which == "postgres":
-        consumers.db = psycopg.connect(consumers.settings.dsn, autocommit=True)
+        consumers.reconnect()
     running.append(consumers.start(member="member-1"))
     consumers.produce(500, keys=100, times=2, begin=3000)
     consumers.wait_for_effects(3500, timeout_seconds=90)

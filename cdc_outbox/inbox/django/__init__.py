@@ -27,6 +27,7 @@ __all__ = [
     "NoTransaction",
     "NotParked",
     "OpenTransaction",
+    "Request",
 ]
 
 
