@@ -1,15 +1,13 @@
 """`cdc-outbox inbox list|show|unpark|discard`: messages that a consumer could not handle, and what becomes of them."""
 
+import shutil
+import textwrap
 import time
 from datetime import timedelta
 from typing import Final
 
 import click
 import orjson
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
 from cdc_outbox.cli.duration import Duration
 from cdc_outbox.cli.main import Settings
@@ -21,8 +19,8 @@ from cdc_outbox.postgres.connection import Connection, connect
 
 _ASK_SECONDS: Final = 0.2
 
-_inbox = click.option("--table", default="public.inbox", show_default=True, help="The inbox, named as in SQL.")
-_consumer = click.option("--consumer", metavar="NAME", help="Of this consumer. Needed where several have the message.")
+_inbox = click.option("--table", default="public.inbox", show_default=True, help="The inbox table, with its schema.")
+_consumer = click.option("--consumer", metavar="NAME", help="Only this consumer's messages.")
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 _ids = click.argument("message_ids", metavar="[ID]...", nargs=-1)
 _all = click.option("--all", "every", is_flag=True, help="All that are parked, instead of those named.")
@@ -38,12 +36,20 @@ def command() -> None:
 
 @command.command("list")
 @_consumer
-@click.option("--all", "all_too", is_flag=True, help="Those too that wait behind another, or are past.")
+@click.option(
+    "--all",
+    "all_too",
+    is_flag=True,
+    help="Also those behind another, and the handled and discarded.",
+)
 @_inbox
 @_as_json
 @click.pass_obj
 def list_(settings: Settings, *, consumer: str | None, all_too: bool, table: str, as_json: bool) -> None:
-    """List messages that wait for a decision, or are being tried again; and how many wait behind each."""
+    """List messages that wait for a decision (parked) or are being tried again (retry).
+
+    And how many of the same key wait behind each.
+    """
     with _connection(settings, table) as connection:
         rows = parked.find(connection, table, consumer=consumer, all_too=all_too)
     if as_json:
@@ -52,7 +58,8 @@ def list_(settings: Settings, *, consumer: str | None, all_too: bool, table: str
     if not rows:
         click.echo("nothing is parked")
         return
-    Console().print(_table(rows))
+    for row in rows:
+        _show_row(row, shutil.get_terminal_size().columns)
 
 
 @command.command()
@@ -119,11 +126,11 @@ def unpark(
 @_inbox
 @click.pass_obj
 def discard(settings: Settings, *, message_ids: tuple[str, ...], every: bool, consumer: str | None, table: str) -> None:
-    """Decide that parked messages are never handled. What waits behind them goes on."""
+    """Give parked messages up: they will never be handled. What waits behind them goes on."""
     with _connection(settings, table) as connection:
         for message_id, name in _named(connection, table, message_ids, consumer, every=every):
             parked.discard(connection, table, message_id, consumer=name)
-            click.echo(f"message {printable(message_id)} discarded")
+            click.echo(f"message {printable(repr(message_id))} discarded")
 
 
 def _named(
@@ -135,40 +142,35 @@ def _named(
     if not every:
         return [(message_id, consumer) for message_id in message_ids]
     rows = parked.find(connection, table, consumer=consumer, all_too=False)
-    return [(row["message_id"], row["consumer"]) for row in rows if row["state"] == "parked"]
+    named = [(row["message_id"], row["consumer"]) for row in rows if row["state"] == "parked"]
+    if not named:
+        click.echo("nothing is parked" + (f"; {len(rows)} are being tried again" if rows else ""))
+    return named
 
 
 def _outcome(connection: Connection, table: str, asked: parked.Row, deadline: float) -> str:
     """Says what became of it; returns why that is not what was asked for."""
-    name = printable(asked["message_id"])
+    name = printable(repr(asked["message_id"]))
     while True:
         row = parked.get(connection, table, asked["message_id"], consumer=asked["consumer"])
         if row["state"] in ("handled", "discarded"):
-            click.echo(f"message {name} {row['state']}")
+            click.echo(f"message {name} {row['state']}" + (f"; {asked['behind']} behind it" if asked["behind"] else ""))
             return ""
         if row["state"] == "parked":
             return f"message {name} failed again: {printable(row['error'] or '')}"
         if time.monotonic() > deadline:
-            return f"message {name} was not handled in time; the request stands"
+            return f"message {name} was not handled in time: does its consumer run? The request stands"
         time.sleep(_ASK_SECONDS)
 
 
-def _table(rows: list[parked.Row]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in ("id", "consumer", "topic", "key", "state"):
-        table.add_column(head, overflow="fold")
-    for head in ("tries", "behind"):
-        table.add_column(head, justify="right")
-    table.add_column("error", overflow="ellipsis", no_wrap=True)
-    for row in rows:
-        texts = (row["message_id"], row["consumer"], row["topic"], row["key"] or "", row["state"])
-        table.add_row(
-            *(Text(printable(text)) for text in texts),
-            str(row["attempts"]),
-            str(row["behind"]),
-            Text(printable((row["error"] or "").partition("\n")[0])),
-        )
-    return table
+def _show_row(row: parked.Row, width: int) -> None:
+    """Three lines, not a line of a table: an id and an error are long, and both are needed whole."""
+    behind = f", behind it: {row['behind']}" if row["behind"] else ""
+    click.echo(f"{printable(row['message_id'])}  {row['state']} (attempts: {row['attempts']}{behind})")
+    key = f", key {printable(row['key'])}" if row["key"] is not None else ""
+    click.echo(f"    {row['consumer']}: {row['topic']}[{row['partition']}]@{row['offset']}{key}")
+    if row["error"]:
+        click.echo(textwrap.indent(textwrap.fill(printable(row["error"]), width - 4, max_lines=2), "    "))
 
 
 def _connection(settings: Settings, table: str) -> Connection:

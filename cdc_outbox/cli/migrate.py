@@ -67,10 +67,10 @@ def sql(settings: Settings, *, failover: bool) -> None:
 
 @command.group()
 def inbox() -> None:
-    """Install the table of a consumer's inbox.
+    """Install the tables of a consumer's inbox.
 
-    It goes into the consumer's database, the one with the effects: postgres.dsn names it. It needs nothing of the
-    relay's, and no Kafka.
+    They go into the consumer's database, the one with the effects: postgres.dsn names it. That needs nothing of
+    the relay's, and no Kafka.
     """
 
 
@@ -83,7 +83,7 @@ _partitioned = click.option("--partitioned", is_flag=True, help="By commit time.
 @_partitioned
 @click.pass_obj
 def inbox_up(settings: Settings, *, table: str, partitioned: bool) -> None:
-    """Make the table and its partitions, if any. Safe to run again."""
+    """Make the tables, and partitions if any. Safe to run again."""
     _inbox_sql(table, partitioned=partitioned)  # before a database is looked for
     steps: list[str] = []
     with _connection(settings.config) as connection:

@@ -250,7 +250,7 @@ class _Loop(Generic[C]):
                     if self.inbox.retry(connection, message):
                         self._call(connection, message)
             except HandlerFailed as failure:
-                _log.warning("parked message %r failed: %r", message.id, failure.__cause__)
+                _log.warning("message %r at %s failed again: %r", message.id, message.place, failure.__cause__)
                 self._park(message, failure.__cause__, self.attempts)
 
     def _call(self, connection: C, message: Message) -> None:

@@ -120,7 +120,7 @@ class Message:
         except ValueError:
             recorded_at = datetime.fromtimestamp(0, UTC)
         return cls(
-            f"{name_of(topic, partition, offset)} {timestamp_ms}",
+            f"{topic}:{partition}:{offset}:{timestamp_ms}",  # to be pasted into a shell as it is
             recorded_at,
             key=_text(message.key()),
             value=message.value(),

@@ -38,9 +38,11 @@ class RequestTable:
         self._store = _store(table)
 
     def begin(self, key: str, body: bytes) -> Steps[Kept]:
-        """None: it is the first. Raises IdempotencyKeyReused, InProgress, ValueError for what is no key."""
+        """None: it is the first. Raises IdempotencyKeyReused, InProgress; ValueError, TypeError for a key or body."""
         if not key or not is_storable(key, longest_bytes=_LONGEST_KEY_BYTES):
             raise ValueError("the idempotency key is empty, has a NUL in it, or has over 1,000 bytes")
+        if not isinstance(body, bytes | bytearray | memoryview):
+            raise TypeError(f"the request's body is a {type(body).__name__}: give the bytes that came")
         digest = hashlib.sha256(body).hexdigest()
         if (yield self._begin, self._parameter(key=key, hash=digest)):
             return None

@@ -37,8 +37,8 @@ def _comparable(version: int | str | None) -> str:
     """Text that is ordered as the versions are, its kind in front. Raises ValueError."""
     if isinstance(version, bool) or version is None or not isinstance(version, int | str):
         raise ValueError(
-            f"the version is {version!r}: give the aggregate's own, version=..., a whole number or a text that is"
-            " ordered byte by byte; the message carries none of the relay's"
+            f"the version is {version!r}: give version=, a whole number or a text that is ordered byte by byte;"
+            " this message has no header sequence"
         )
     if isinstance(version, int):
         if not 0 <= version < 10**_DIGITS:

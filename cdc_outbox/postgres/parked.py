@@ -59,6 +59,8 @@ def discard(connection: Connection, inbox: str, message_id: str, *, consumer: st
 
 def _decide(connection: Connection, inbox: str, message_id: str, consumer: str | None, verb: Any) -> Row:
     row = _only(connection, inbox, message_id, consumer, _SUMMARY)
+    if row["state"] == "retry" and verb is Inbox.unpark:
+        return row  # somebody has asked for it already
     with translated(f"deciding about message {message_id!r}", _HINTS), connection.transaction():
         try:
             verb(Inbox(row["consumer"], table=inbox), connection, message_id, source=row["source"])
@@ -72,14 +74,12 @@ def _only(connection: Connection, inbox: str, message_id: str, consumer: str | N
     rows = _select(connection, inbox, columns, condition, message_id, consumer, consumer)
     if not rows:
         raise ConfigurationError(
-            f"there is no parked message {message_id!r}" + (f" of consumer {consumer!r}" if consumer else ""),
-            hint="`cdc-outbox inbox list --all` shows what is there",
+            f"no message {message_id!r} was ever parked" + (f" of consumer {consumer!r}" if consumer else ""),
+            hint="`cdc-outbox inbox list --all` shows all that were",
         )
     if len(rows) > 1:
         names = ", ".join(sorted({row["consumer"] for row in rows}))
-        raise ConfigurationError(
-            f"message {message_id!r} is parked by several: {names}", hint="name one with --consumer"
-        )
+        raise ConfigurationError(f"several consumers have message {message_id!r}: {names}", hint="name one: --consumer")
     return rows[0]
 
 

@@ -82,8 +82,11 @@ def test_a_list(parked: World) -> None:
     ]
     shown = command.run(parked.environment, "inbox", "list")
     assert shown.exit_code == 0
-    assert "m-1" in shown.out
-    assert "ValueError: no such" in shown.out
+    assert shown.out.splitlines()[:3] == [
+        "m-1  parked (attempts: 1, behind it: 2)",
+        "    billing: orders[None]@None, key a",
+        "    ValueError: no such account at all",
+    ]
     assert "\x1b[31m" not in shown.out
     assert max(map(len, shown.out.splitlines())) <= 80
     parked.db.execute("TRUNCATE inbox_parked")
@@ -99,17 +102,17 @@ def test_one_message(parked: World) -> None:
     assert json.loads(done.out)["value"] == {"base64": "/w=="}
     several = command.run(parked.environment, "inbox", "show", "m-2")
     assert several.exit_code == 2
-    assert "message 'm-2' is parked by several: billing, mail -- name one with --consumer" in several.err
+    assert "several consumers have message 'm-2': billing, mail -- name one: --consumer" in several.err
     none = command.run(parked.environment, "inbox", "show", "m-3")
     assert none.exit_code == 2
-    assert "there is no parked message 'm-3'" in none.err
+    assert "no message 'm-3' was ever parked" in none.err
 
 
 def test_unpark_says_what_became_of_it(parked: World) -> None:
     with consumer(parked):
         done = command.run(parked.environment, "inbox", "unpark", "m-1", "m-2", "--consumer", "billing")
     assert (done.exit_code, done.err) == (0, "")
-    assert done.out == "message m-1 handled\nmessage m-2 handled\n"
+    assert done.out == "message 'm-1' handled; 2 behind it\nmessage 'm-2' handled\n"
     again = command.run(parked.environment, "inbox", "unpark", "m-1")
     assert again.exit_code == 4
     assert "message 'm-1' was handled already" in again.err
@@ -119,15 +122,19 @@ def test_unpark_says_that_it_failed_again(parked: World) -> None:
     with consumer(parked, fails=True):
         done = command.run(parked.environment, "inbox", "unpark", "m-1")
     assert done.exit_code == 4
-    assert "message m-1 failed again: still not" in done.err
+    assert "message 'm-1' failed again: still not" in done.err
 
 
 def test_unpark_without_a_consumer(parked: World) -> None:
     done = command.run(parked.environment, "inbox", "unpark", "m-1", "--timeout", "1s")
     assert done.exit_code == 4
-    assert "message m-1 was not handled in time; the request stands" in done.err
+    assert "message 'm-1' was not handled in time: does its consumer run? The request stands" in done.err
+    again = command.run(parked.environment, "inbox", "unpark", "m-1", "--timeout", "1s")  # waits for the same request
+    assert (again.exit_code, again.err) == (4, done.err)
     asked = command.run(parked.environment, "inbox", "unpark", "--all", "--no-wait")
     assert (asked.exit_code, asked.out) == (0, "asked for 2 to be handled again\n")
+    none = command.run(parked.environment, "inbox", "unpark", "--all")
+    assert (none.exit_code, none.out) == (0, "nothing is parked; 3 are being tried again\n")
     assert {row["state"] for row in rows(parked)} == {"retry"}
 
 
@@ -136,7 +143,7 @@ def test_discard(parked: World) -> None:
     assert refused.exit_code == 4
     assert "waits behind 'm-1'" in refused.err
     done = command.run(parked.environment, "inbox", "discard", "--all", "--consumer", "billing")
-    assert (done.exit_code, done.out) == (0, "message m-1 discarded\nmessage m-2 discarded\n")
+    assert (done.exit_code, done.out) == (0, "message 'm-1' discarded\nmessage 'm-2' discarded\n")
     assert [(row["message_id"], row["state"]) for row in rows(parked)] == [("m-1a", "retry"), ("m-2", "parked")]
 
 

@@ -191,7 +191,7 @@ def test_with_faststream_and_parking(shop: World, tmp_path: Path) -> None:
         wait_until(lambda: shop.db.execute(states).fetchall() == expected, "it is parked", timeout_seconds=30)
         shop.db.execute("INSERT INTO address VALUES ('Bob', 'Elsewhere')")
         done = command.run(shop.environment, "inbox", "unpark", "e-1")
-        assert (done.exit_code, done.out) == (0, "message e-1 handled\n")
+        assert (done.exit_code, done.out) == (0, "message 'e-1' handled; 1 behind it\n")
         wait_until(lambda: shipped(shop) == 4, "all are shipped", timeout_seconds=30)
     assert shop.db.execute("SELECT order_id FROM shipment ORDER BY id").fetchall() == [(0,), (3,), (1,), (2,)]
 
