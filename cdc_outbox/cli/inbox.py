@@ -3,8 +3,9 @@
 import shutil
 import textwrap
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from typing import Final
+from typing import Any, Final, TypeVar
 
 import click
 import orjson
@@ -16,14 +17,22 @@ from cdc_outbox.errors import CheckFailed, ConfigurationError
 from cdc_outbox.inbox.table import beside
 from cdc_outbox.postgres import parked
 from cdc_outbox.postgres.connection import Connection, connect
+from cdc_outbox.postgres.parked import Which
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 _ASK_SECONDS: Final = 0.2
 
 _inbox = click.option("--table", default="public.inbox", show_default=True, help="The inbox table, with its schema.")
-_consumer = click.option("--consumer", metavar="NAME", help="Only this consumer's messages.")
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 _ids = click.argument("message_ids", metavar="[ID]...", nargs=-1)
 _all = click.option("--all", "every", is_flag=True, help="All that are parked, instead of those named.")
+
+
+def _of_consumer(command: _F) -> _F:
+    """The options that say whose messages are meant."""
+    consumer = click.option("--consumer", metavar="NAME", help="Only this consumer's messages.")
+    source = click.option("--source", metavar="NAME", help="Only those of this source, where consumers name sources.")
+    return consumer(source(command))
 
 
 @click.group()
@@ -35,23 +44,18 @@ def command() -> None:
 
 
 @command.command("list")
-@_consumer
-@click.option(
-    "--all",
-    "all_too",
-    is_flag=True,
-    help="Also those behind another, and the handled and discarded.",
-)
+@_of_consumer
+@click.option("--all", "all_too", is_flag=True, help="Also those behind another, and the handled and discarded.")
 @_inbox
 @_as_json
 @click.pass_obj
-def list_(settings: Settings, *, consumer: str | None, all_too: bool, table: str, as_json: bool) -> None:
+def list_(settings: Settings, /, *, all_too: bool, table: str, as_json: bool, **whose: Any) -> None:
     """List messages that wait for a decision (parked) or are being tried again (retry).
 
     And how many of the same key wait behind each.
     """
     with _connection(settings, table) as connection:
-        rows = parked.find(connection, table, consumer=consumer, all_too=all_too)
+        rows = parked.find(connection, table, Which(**whose), all_too=all_too)
     if as_json:
         click.echo(orjson.dumps([{**row, "key": portable(row["key"])} for row in rows]))
         return
@@ -64,14 +68,14 @@ def list_(settings: Settings, *, consumer: str | None, all_too: bool, table: str
 
 @command.command()
 @click.argument("message_id", metavar="ID")
-@_consumer
+@_of_consumer
 @_inbox
 @_as_json
 @click.pass_obj
-def show(settings: Settings, *, message_id: str, consumer: str | None, table: str, as_json: bool) -> None:
+def show(settings: Settings, /, *, table: str, as_json: bool, **which: Any) -> None:
     """Show one parked message, value and all."""
     with _connection(settings, table) as connection:
-        row = parked.get(connection, table, message_id, consumer=consumer)
+        row = parked.get(connection, table, Which(**which))
     if as_json:
         click.echo(orjson.dumps({**row, **{name: portable(row[name]) for name in ("key", "value")}}))
         return
@@ -79,38 +83,26 @@ def show(settings: Settings, *, message_id: str, consumer: str | None, table: st
         if name == "headers":
             for header, value in content.items():
                 print_field("header", f"{header}: {value}")
-        elif content is not None:
+        elif content not in (None, ""):
             print_field(name, content)
 
 
 @command.command()
 @_ids
 @_all
-@_consumer
+@_of_consumer
 @_inbox
 @click.option("--timeout", type=Duration(), default="30s", show_default=True, help="How long to wait for the outcome.")
 @click.option("--no-wait", is_flag=True, help="Ask, and do not wait.")
 @click.pass_obj
-def unpark(
-    settings: Settings,
-    *,
-    message_ids: tuple[str, ...],
-    every: bool,
-    consumer: str | None,
-    table: str,
-    timeout: timedelta,
-    no_wait: bool,
-) -> None:
+def unpark(settings: Settings, /, *, table: str, timeout: timedelta, no_wait: bool, **which: Any) -> None:
     """Ask the running consumer to handle parked messages again, and after each what waits behind it, in order.
 
     Waits for the outcome, and exits with 4 if a message failed again or nobody took it.
     """
     deadline = time.monotonic() + timeout.total_seconds()
     with _connection(settings, table) as connection:
-        asked = [
-            parked.unpark(connection, table, message_id, consumer=name)
-            for message_id, name in _named(connection, table, message_ids, consumer, every=every)
-        ]
+        asked = [parked.unpark(connection, table, each) for each in _named(connection, table, **which)]
         if no_wait:
             click.echo(f"asked for {len(asked)} to be handled again")
             return
@@ -122,37 +114,40 @@ def unpark(
 @command.command()
 @_ids
 @_all
-@_consumer
+@_of_consumer
 @_inbox
 @click.pass_obj
-def discard(settings: Settings, *, message_ids: tuple[str, ...], every: bool, consumer: str | None, table: str) -> None:
+def discard(settings: Settings, /, *, table: str, **which: Any) -> None:
     """Give parked messages up: they will never be handled. What waits behind them goes on."""
     with _connection(settings, table) as connection:
-        for message_id, name in _named(connection, table, message_ids, consumer, every=every):
-            parked.discard(connection, table, message_id, consumer=name)
-            click.echo(f"message {printable(repr(message_id))} discarded")
+        for each in _named(connection, table, **which):
+            row = parked.discard(connection, table, each)
+            click.echo(f"message {printable(repr(row['message_id']))} discarded")
 
 
 def _named(
-    connection: Connection, table: str, message_ids: tuple[str, ...], consumer: str | None, *, every: bool
-) -> list[tuple[str, str | None]]:
-    """Ids, each with its consumer."""
+    connection: Connection, table: str, *, message_ids: tuple[str, ...], every: bool, **whose: Any
+) -> list[Which]:
     if every == bool(message_ids):
         raise ConfigurationError("name messages by their ids, or say --all")
     if not every:
-        return [(message_id, consumer) for message_id in message_ids]
-    rows = parked.find(connection, table, consumer=consumer, all_too=False)
-    named = [(row["message_id"], row["consumer"]) for row in rows if row["state"] == "parked"]
+        return [Which(message_id, **whose) for message_id in message_ids]
+    rows = parked.find(connection, table, Which(**whose), all_too=False)
+    named = [_which(row) for row in rows if row["state"] == "parked"]
     if not named:
         click.echo("nothing is parked" + (f"; {len(rows)} are being tried again" if rows else ""))
     return named
+
+
+def _which(row: parked.Row) -> Which:
+    return Which(row["message_id"], row["consumer"], row["source"])
 
 
 def _outcome(connection: Connection, table: str, asked: parked.Row, deadline: float) -> str:
     """Says what became of it; returns why that is not what was asked for."""
     name = printable(repr(asked["message_id"]))
     while True:
-        row = parked.get(connection, table, asked["message_id"], consumer=asked["consumer"])
+        row = parked.get(connection, table, _which(asked))
         if row["state"] in ("handled", "discarded"):
             click.echo(f"message {name} {row['state']}" + (f"; {asked['behind']} behind it" if asked["behind"] else ""))
             return ""

@@ -104,6 +104,10 @@ class InboxOf(InboxTable, Generic[C]):
         """
         return run_each(self._attempts.count(message), partial(self._run_alone, connection))
 
+    def uncount_attempts(self, connection: C, messages: Iterable[Message]) -> None:
+        """Take back one ``count_attempt`` of each: the process ends, but not because of them."""
+        self._each(connection, self._attempts.uncount(messages))
+
     def forget_attempts(self, connection: C, messages: Iterable[Message]) -> None:
         """In the transaction that handled them: what ``count_attempt`` wrote."""
         self._each(connection, self._attempts.forget(messages))

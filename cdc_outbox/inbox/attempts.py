@@ -19,12 +19,16 @@ class AttemptTable:
         """``table`` is quoted."""
         self._consumer = consumer
         self._count = _count(table)
+        self._uncount = _uncount(table)
         self._forget = _forget(table)
 
     def count(self, message: Message) -> Steps[int]:
         """How many there are, with the one that is about to be made."""
         ((attempts,),) = yield self._count, self._parameter([message])
         return int(attempts)
+
+    def uncount(self, messages: Iterable[Message]) -> Steps[None]:
+        yield self._uncount, self._parameter(messages)
 
     def forget(self, messages: Iterable[Message]) -> Steps[None]:
         yield self._forget, self._parameter(messages)
@@ -48,6 +52,16 @@ def _count(table: str) -> Statement:
         ON CONFLICT (consumer, source, message_id) DO UPDATE SET attempts = known.attempts + 1, changed_at = now()
         RETURNING attempts""",
         returns=True,
+    )
+
+
+def _uncount(table: str) -> Statement:
+    return Statement(
+        _BEFORE,
+        f"""{_AFTER}
+        UPDATE {table} AS known SET attempts = known.attempts - 1 FROM message
+         WHERE (known.consumer, known.source, known.message_id)
+             = (message.consumer, message.source, message.message_id)""",
     )
 
 

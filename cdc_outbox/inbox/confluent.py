@@ -11,7 +11,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Final, Generic, Literal
@@ -23,7 +23,7 @@ from cdc_outbox.inbox.any_driver import InboxOf
 from cdc_outbox.inbox.attempts import DIED
 from cdc_outbox.inbox.database import C, Database, HandlerFailed, LostInHandler, TryLater, Unstorable
 from cdc_outbox.inbox.librdkafka import setting
-from cdc_outbox.inbox.message import Message, name_of
+from cdc_outbox.inbox.message import Message
 from cdc_outbox.inbox.partitions import Partitions
 
 __all__ = ["Message", "PoisonMessage", "consume"]
@@ -101,7 +101,7 @@ class _Loop(Generic[C]):
     parks: bool
     #: by place: how often a message has failed, where the loop stops at last; attempts that were written beforehand
     failures: Counter[str] = field(default_factory=Counter)
-    counted: set[str] = field(default_factory=set)
+    counted: dict[str, Message] = field(default_factory=dict)
     waits_in_a_row: int = 0
     looks_at: float = 0.0
 
@@ -111,6 +111,7 @@ class _Loop(Generic[C]):
                 self._step()
         finally:
             try:
+                self._take_attempts_back()
                 self.partitions.close()
             finally:
                 self.database.close()
@@ -118,13 +119,15 @@ class _Loop(Generic[C]):
     def _step(self) -> None:
         left = self.partitions.fetch(self.batch)  # what is handled is taken from it
         try:
-            if left and not self._handle_together(left):
-                self._handle_each(left)
+            while left and not self.stopping.is_set():
+                messages = self._readable(left)
+                if not self._handle_together(left, messages):
+                    self._handle_each(left, max(1, len(messages)))
             self._retry_parked()
             self.waits_in_a_row = 0
         except TryLater as error:
             if isinstance(error, LostInHandler):
-                self.counted.clear()
+                self.counted.clear()  # so that the next attempt is counted, too
                 self.partitions.distrust()
             self._wait(left, error.__cause__)
         finally:
@@ -138,57 +141,59 @@ class _Loop(Generic[C]):
         left.clear()
         self.partitions.wait(seconds)
 
-    def _handle_together(self, left: list[Record]) -> bool:
+    def _readable(self, left: list[Record]) -> list[Message]:
+        """Up to one without an id, or with a time that is none."""
+        messages: list[Message] = []
+        with suppress(ValueError):
+            messages.extend(Message.from_confluent(record, source=self.source) for record in left)
+        return messages
+
+    def _handle_together(self, left: list[Record], messages: list[Message]) -> bool:
         """Whether they could be, in one transaction. Not the first of a partition: they may have ended a process."""
-        has_failed = self.failures and any(_place(record) in self.failures for record in left)
-        if has_failed or self.partitions.are_new(left):
+        records = left[: len(messages)]
+        has_failed = any(message.place in self.failures for message in messages) if self.failures else False
+        if not messages or has_failed or self.partitions.are_new(records):
             return False
         try:
-            messages = [message for record in left if (message := self._read(record, gives_up=self.parks))]
             with self.database.transaction() as connection:
                 fresh = self.inbox.once_many(connection, messages)
                 for message in self.inbox.park_followers(connection, fresh):
-                    self._call(connection, message)
-        except (HandlerFailed, Unstorable, ValueError) as error:
-            _log.info("a batch of %s failed, they are handled one by one: %r", len(left), error.__cause__ or error)
+                    self.database.call(self.handler, connection, message)
+        except (HandlerFailed, Unstorable) as error:
+            _log.info("a batch of %s failed, they are handled one by one: %r", len(messages), error.__cause__)
             return False
-        self.partitions.done(left, at_once=False)
-        left.clear()
+        self.partitions.done(records, at_once=False)
+        del left[: len(messages)]
         return True
 
-    def _handle_each(self, left: list[Record]) -> None:
-        are_new, handled = self.partitions.are_new(left), 0
+    def _handle_each(self, left: list[Record], count: int) -> None:
+        """The first ``count``, one by one."""
+        are_new, handled = self.partitions.are_new(left[:count]), 0
         try:
-            for record in left:
+            for record in left[:count]:
                 if self.stopping.is_set():
                     break
-                if message := self._read(record, gives_up=True):
-                    self._handle_alone(message, record, is_suspect=are_new)
+                self._handle_alone(record, is_suspect=are_new)
                 handled += 1
         finally:
             # at once, so that a handler which ends the process in the next batch is among the first the next time
             self.partitions.done(left[:handled], at_once=are_new)
             del left[:handled]
 
-    def _read(self, record: Record, *, gives_up: bool) -> Message | None:
-        """None if it has no id, or no time, and was parked. Raises ValueError; PoisonMessage where it ``gives_up``."""
-        try:
-            return Message.from_confluent(record, source=self.source)
-        except ValueError as error:
-            if not gives_up:
-                raise
-            self._give_up(Message.nameless(record, source=self.source), error)
-            return None
-
-    def _handle_alone(self, message: Message, record: Record, *, is_suspect: bool) -> None:
+    def _handle_alone(self, record: Record, *, is_suspect: bool) -> None:
         """Returns when it is handled or parked. Raises TryLater, PoisonMessage."""
+        try:
+            message = Message.from_confluent(record, source=self.source)
+        except ValueError as error:
+            self._give_up(Message.nameless(record, source=self.source), error)
+            return
         try:
             if is_suspect and self._count_attempt(message) > self.attempts:
                 self._give_up(message, DIED)
                 return
             with self.database.transaction() as connection:
                 if self.inbox.once(connection, message) and self.inbox.park_followers(connection, [message]):
-                    self._call(connection, message)
+                    self.database.call(self.handler, connection, message)
                 if is_suspect:
                     self.inbox.forget_attempts(connection, [message])
         except HandlerFailed as failure:
@@ -196,7 +201,7 @@ class _Loop(Generic[C]):
         except Unstorable as error:
             self._give_up(Message.nameless(record, source=self.source), error.__cause__)
         self.failures.pop(message.place, None)
-        self.counted.discard(message.place)
+        self.counted.pop(message.place, None)
 
     def _count_attempt(self, message: Message) -> int:
         """Once: while this process lives, nothing has ended it."""
@@ -204,8 +209,14 @@ class _Loop(Generic[C]):
             return 0
         with self.database.statements() as connection:
             attempts = self.inbox.count_attempt(connection, message)
-        self.counted.add(message.place)
+        self.counted[message.place] = message
         return attempts
+
+    def _take_attempts_back(self) -> None:
+        """Of messages that wait for the database, or a lock: this process ends, but not because of them."""
+        if self.counted:
+            with suppress(Exception), self.database.transaction() as connection:
+                self.inbox.uncount_attempts(connection, self.counted.values())
 
     def _failed(self, message: Message, failure: HandlerFailed) -> None:
         _log.warning("message %r at %s failed: %r", message.id, message.place, failure.__cause__)
@@ -230,34 +241,30 @@ class _Loop(Generic[C]):
         with self.database.transaction() as connection:
             self.inbox.park(connection, message, why, attempts=attempts)
             self.inbox.forget_attempts(connection, [message])
-        self.looks_at = time.monotonic() + _SHORTEST_WAIT_SECONDS
+        self.looks_at = min(self.looks_at, time.monotonic() + _SHORTEST_WAIT_SECONDS)
 
     def _retry_parked(self) -> None:
         """Those whose turn has come, each in a transaction of its own; for a while."""
-        began = time.monotonic()
-        topics = self.partitions.topics()
+        began, topics = time.monotonic(), self.partitions.topics()
         if began < self.looks_at or not topics:
             return
+        self.looks_at = began + _LOOK_SECONDS
         while time.monotonic() < began + _RETRY_SECONDS and not self.stopping.is_set():
+            asked = time.monotonic()
             with self.database.statements() as connection:
                 message = self.inbox.due(connection, attempts=self.attempts, topics=topics)
             if message is None:
-                spent = time.monotonic() - began
-                self.looks_at = max(self.looks_at, began) + max(_LOOK_SECONDS, spent / _LOOK_SHARE)
+                if (time.monotonic() - asked) > _LOOK_SECONDS * _LOOK_SHARE:  # very many are parked
+                    self.looks_at = asked + (time.monotonic() - asked) / _LOOK_SHARE
                 return
             try:
                 with self.database.transaction() as connection:
                     if self.inbox.retry(connection, message):
-                        self._call(connection, message)
+                        self.database.call(self.handler, connection, message)
             except HandlerFailed as failure:
                 _log.warning("message %r at %s failed again: %r", message.id, message.place, failure.__cause__)
                 self._park(message, failure.__cause__, self.attempts)
-
-    def _call(self, connection: C, message: Message) -> None:
-        try:
-            self.handler(connection, message)
-        except Exception as error:
-            raise HandlerFailed from error
+        self.looks_at = began  # there may be more
 
 
 def _check(consumer: Consumer, inbox: object) -> None:
@@ -277,10 +284,6 @@ def _check(consumer: Consumer, inbox: object) -> None:
         )
     if automatic is None:
         _log.warning("cannot tell how this consumer is configured: enable.auto.commit must be off")
-
-
-def _place(record: Record) -> str:
-    return name_of(record.topic() or "", record.partition(), record.offset())
 
 
 @contextmanager

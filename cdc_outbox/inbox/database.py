@@ -1,7 +1,7 @@
 """A consumer's side of its database: transactions on a connection that is made anew; and whose fault a failure is.
 
-A handler's error is the message's (HandlerFailed), one of the database is nobody's and passes (TryLater), and what
-waiting does not mend is the caller's: it is raised as it is.
+A handler's error is the message's (HandlerFailed), a deadlock in it too; one of the database is nobody's and passes
+(TryLater); and what waiting does not mend is the caller's: it is raised as it is.
 """
 
 import logging
@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final, Generic, Protocol, TypeVar
 
 from cdc_outbox.inbox.any_driver import InboxOf
+from cdc_outbox.inbox.message import Message
 from cdc_outbox.transactions import NoTransaction, sqlstate
 
 _log: Final = logging.getLogger(__name__)
@@ -51,17 +52,29 @@ class Database(Generic[C]):
         self._connect = connect
         self._inbox = inbox
         self._connection: C | None = None
+        self._was_called = False
 
     @contextmanager
     def transaction(self) -> Iterator[C]:
         """Committed at its end, or rolled back. Raises as ``statements``."""
+        self._was_called = False
         with self.statements() as connection:
             yield connection
             try:
                 self._inbox.check(connection)  # has the handler caught an error? COMMIT would roll back and not say so
                 connection.commit()
             except Exception as error:  # a deferred constraint, for instance
-                raise HandlerFailed from error
+                if self._was_called:
+                    raise HandlerFailed from error
+                raise
+
+    def call(self, handler: Callable[[C, Message], object], connection: C, message: Message) -> None:
+        """In a transaction. Raises HandlerFailed."""
+        self._was_called = True
+        try:
+            handler(connection, message)
+        except Exception as error:
+            raise HandlerFailed from error
 
     @contextmanager
     def statements(self) -> Iterator[C]:
@@ -69,7 +82,9 @@ class Database(Generic[C]):
         try:
             yield self._connected()
         except HandlerFailed as failure:
-            if not self._roll_back():
+            # SQLAlchemy's connections connect again by themselves; its errors tell
+            was_lost = getattr(failure.__cause__, "connection_invalidated", False)
+            if not self._roll_back() or was_lost:
                 raise LostInHandler from failure.__cause__
             raise
         except Exception as error:

@@ -111,10 +111,15 @@ class Message:
         return name_of(self.topic, self.partition, self.offset)
 
     @classmethod
-    def nameless(cls, message: ConfluentMessage, *, source: str = "") -> Self:
-        """Of a message that has no id: to be parked, under the name of its place. Two copies of an event are two."""
-        topic, partition, offset = message.topic() or "", message.partition(), message.offset()
-        _, timestamp_ms = message.timestamp()
+    def nameless(cls, record: ConfluentMessage | AiokafkaRecord, *, source: str = "") -> Self:
+        """Of a record without an id: to be parked, under the name of its place. Two copies of an event are two."""
+
+        def part(name: str) -> Any:
+            given = getattr(record, name)
+            return given() if callable(given) else given
+
+        topic, partition, offset, timestamp = (part(name) for name in ("topic", "partition", "offset", "timestamp"))
+        timestamp_ms = timestamp[1] if isinstance(timestamp, tuple) else timestamp
         try:
             recorded_at = _time(timestamp_ms, (topic, partition, offset))
         except ValueError:
@@ -122,13 +127,13 @@ class Message:
         return cls(
             f"{topic}:{partition}:{offset}:{timestamp_ms}",  # to be pasted into a shell as it is
             recorded_at,
-            key=_text(message.key()),
-            value=message.value(),
+            key=_text(part("key")),
+            value=part("value"),
             source=source,
             topic=topic,
             partition=partition,
             offset=offset,
-            headers={name: _text(content) for name, content in message.headers() or ()},
+            headers={name: _text(content) for name, content in part("headers") or ()},
         )
 
     @classmethod

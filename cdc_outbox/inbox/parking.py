@@ -241,20 +241,26 @@ def _due(table: str) -> Statement:
 def _wake(table: str) -> Statement:
     """Those behind nothing: the one before was handled or discarded. From now on they are tried.
 
-    From lane to lane by the index (a "loose index scan"): however many wait behind one, they are not read.
+    From lane to lane by the index (a "loose index scan"), and only of lanes where something waits behind.
     """
-    mine, parts = f"consumer = {_CONSUMER} AND {_OPEN}", "consumer, source, message_id, lane, state"
+    mine, parts = f"consumer = {_CONSUMER} AND state = 'behind'", "consumer, source, message_id, lane, place"
     return Statement(
         _BEFORE,
-        f"""{_AFTER}, head AS (
-            (SELECT {parts} FROM {table} WHERE {mine} AND lane IS NOT NULL ORDER BY lane, place LIMIT 1)
+        f"""{_AFTER}, follower AS (
+            (SELECT {parts} FROM {table} WHERE {mine} ORDER BY lane, place LIMIT 1)
             UNION ALL
-            SELECT following.* FROM head, LATERAL (
-                SELECT {parts} FROM {table} AS one WHERE {mine} AND one.lane > head.lane
+            SELECT following.* FROM follower, LATERAL (
+                SELECT {parts} FROM {table} AS one WHERE {mine} AND one.lane > follower.lane
                  ORDER BY lane, place LIMIT 1) AS following
+        ), first AS (
+            SELECT * FROM follower
+             WHERE NOT EXISTS (SELECT FROM {table} AS earlier
+                                WHERE earlier.consumer = follower.consumer AND earlier.lane = follower.lane
+                                  AND earlier.place < follower.place AND earlier.{_OPEN})
+             LIMIT 16  -- few, for the index
         )
-        UPDATE {table} AS known SET state = 'retry', due_at = now() FROM head
-         WHERE {_is_same("known", "head")} AND head.state = 'behind' AND known.state = 'behind'
+        UPDATE {table} AS known SET state = 'retry', due_at = now() FROM first
+         WHERE {_is_same("known", "first")} AND known.state = 'behind'
         RETURNING 1""",
         returns=True,
     )
@@ -267,7 +273,7 @@ def _retry(table: str) -> Statement:
             UPDATE {table} AS known SET state = 'handled', changed_at = now() FROM given
              WHERE known.consumer = {_CONSUMER} AND known.source = given.source AND known.message_id = given.id
                AND known.state = 'retry'
-            RETURNING known.consumer, known.lane
+            RETURNING known.consumer, known.lane, known.place
         ), {_next(table)} SELECT 1 FROM done""",
         returns=True,
     )
@@ -282,8 +288,8 @@ def _decide(table: str) -> Statement:
                    due_at = now(), changed_at = now()
               FROM given
              WHERE known.consumer = {_CONSUMER} AND known.source = given.source AND known.message_id = given.id
-               AND known.state = 'parked'
-            RETURNING known.consumer, known.lane, known.state
+               AND (known.state = 'parked' OR known.state = 'retry' AND given.state = 'discarded')
+            RETURNING known.consumer, known.lane, known.place, known.state
         ), done AS (SELECT * FROM decided WHERE state = 'discarded'), {_next(table)} SELECT 1 FROM decided""",
         returns=True,
     )
@@ -293,10 +299,10 @@ def _next(table: str) -> str:
     """The first that waits behind what is ``done`` is tried now. One that comes in this moment is found by _wake."""
     return f"""next AS (
             UPDATE {table} AS follower SET state = 'retry', due_at = now() FROM done, LATERAL (
-                SELECT consumer, source, message_id FROM {table} AS one
-                 WHERE one.consumer = done.consumer AND one.lane = done.lane AND one.state = 'behind'
-                 ORDER BY place LIMIT 1) AS first
-             WHERE {_is_same("follower", "first")}
+                SELECT consumer, source, message_id, state FROM {table} AS one
+                 WHERE one.consumer = done.consumer AND one.lane = done.lane AND one.place > done.place AND one.{_OPEN}
+                 ORDER BY lane, place LIMIT 1) AS first
+             WHERE {_is_same("follower", "first")} AND first.state = 'behind'
         )"""
 
 

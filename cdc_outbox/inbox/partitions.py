@@ -37,6 +37,8 @@ class Partitions:
         self._stopping = stopping
         #: of partitions that are assigned, and that something was handled of
         self._next: dict[_Partition, int] = {}
+        #: the same of all that were ever assigned
+        self._was: dict[_Partition, int] = {}
         self._assigned: set[_Partition] = set()
         #: assigned, and nothing was handled yet
         self._new: set[_Partition] = set()
@@ -51,7 +53,11 @@ class Partitions:
         self._look_at_assignment()
         if first is None:
             return []
-        return [message for message in (first, *rest) if not _is_error(message.error())]
+        messages = [message for message in (first, *rest) if not _is_error(message.error())]
+        for place, offset in _first_offsets(messages).items() if self._new else ():
+            if self._was.get(place) == offset:  # it comes back, and nobody did anything in between
+                self._new.discard(place)
+        return messages
 
     def are_new(self, messages: Iterable[Message]) -> bool:
         """Whether one of them is of a partition that was assigned, and of which nothing was handled yet."""
@@ -60,6 +66,7 @@ class Partitions:
     def distrust(self) -> None:
         """What comes next of any partition counts as the first."""
         self._new = set(self._assigned)
+        self._was.clear()
 
     def topics(self) -> list[str]:
         """Of which partitions are assigned."""
@@ -69,14 +76,14 @@ class Partitions:
         """They are handled: commit their offsets, and wait until that is known if it is to be ``at_once``."""
         offsets = {_partition(message): _offset(message) + 1 for message in messages}
         self._new -= offsets.keys()
-        self._next |= offsets
+        self._was |= offsets
+        mine = self._mine() if offsets else set()
+        self._next |= {place: offset for place, offset in offsets.items() if place in mine}
         self._commit(offsets, at_once=at_once)
 
     def go_back(self, messages: Iterable[Message]) -> None:
         """The next to be fetched are these again; but of partitions that were revoked."""
-        for (topic, number), offset in {
-            _partition(message): _offset(message) for message in reversed([*messages])
-        }.items():
+        for (topic, number), offset in _first_offsets(messages).items():
             try:
                 self._consumer.seek(TopicPartition(topic, number, offset))
             except KafkaException as error:
@@ -99,7 +106,7 @@ class Partitions:
 
     def _commit(self, offsets: dict[_Partition, int], *, at_once: bool) -> None:
         # of no other: somebody else may be far beyond it by now, and the broker would take it all the same
-        mine = {(place.topic, place.partition) for place in self._consumer.assignment()} if offsets else set()
+        mine = self._mine() if offsets else set()
         places = [TopicPartition(*place, offset) for place, offset in offsets.items() if place in mine]
         if not places:
             return
@@ -123,15 +130,21 @@ class Partitions:
             self._next.pop((place.topic, place.partition), None)
 
     def _look_at_assignment(self) -> None:
-        """Which are new. Between two assignments of a group there is none: what comes back then is not new."""
-        places = self._consumer.assignment()
-        assigned = {(place.topic, place.partition) for place in places}
-        if assigned in (self._assigned, set()):
+        """What came is new. One that was paused, revoked and comes back is paused still."""
+        assigned = self._mine()
+        if assigned == self._assigned:
             return
-        self._consumer.resume(places)  # one that was paused, revoked and comes back is paused still
+        self._consumer.resume([TopicPartition(*place) for place in assigned])
         self._new = (self._new | (assigned - self._assigned)) & assigned
         self._next = {place: offset for place, offset in self._next.items() if place in assigned}
         self._assigned = assigned
+
+    def _mine(self) -> set[_Partition]:
+        return {(place.topic, place.partition) for place in self._consumer.assignment()}
+
+
+def _first_offsets(messages: Iterable[Message]) -> dict[_Partition, int]:
+    return {_partition(message): _offset(message) for message in reversed([*messages])}
 
 
 def _is_error(error: KafkaError | None) -> bool:

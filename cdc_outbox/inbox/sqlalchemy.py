@@ -118,6 +118,13 @@ def inbox_tables(metadata: MetaData, *, table: str = "public.inbox", partitioned
                 "consumer",
                 "lane",
                 "place",
+                postgresql_where=text("state = 'behind'"),
+            ),
+            Index(
+                f"{name}_parked_consumer_lane_place_idx1",
+                "consumer",
+                "lane",
+                "place",
                 postgresql_where=text("state IN ('parked', 'retry', 'behind')"),
             ),
         ),

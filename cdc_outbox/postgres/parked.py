@@ -4,6 +4,7 @@ In the consumer's database. Over any connection that may SELECT and UPDATE them 
 """
 
 import json
+from dataclasses import dataclass
 from typing import Any, Final
 
 from psycopg import sql
@@ -26,66 +27,74 @@ _SUMMARY: Final = """
 _HINTS: Final = {"42P01": "`cdc-outbox migrate inbox up` makes it; --table names another inbox"}
 
 
-def find(connection: Connection, inbox: str, *, consumer: str | None, all_too: bool) -> list[Row]:
+@dataclass(frozen=True, slots=True)
+class Which:
+    """One message: by its id and, where that is not enough, its consumer and source. Without an id: all such."""
+
+    message_id: str | None = None
+    consumer: str | None = None
+    source: str | None = None
+
+
+def find(connection: Connection, inbox: str, which: Which, *, all_too: bool) -> list[Row]:
     """Those that wait for a decision or are being tried again, in the order in which they came; ``all_too``: all."""
     states = ["parked", "retry"] + (["behind", "handled", "discarded"] if all_too else [])
-    return _select(
-        connection,
-        inbox,
-        _SUMMARY,
-        "state = ANY (%s) AND (%s::text IS NULL OR consumer = %s)",
-        states,
-        consumer,
-        consumer,
-    )
+    return [row for row in _select(connection, inbox, which, _SUMMARY) if row["state"] in states]
 
 
-def get(connection: Connection, inbox: str, message_id: str, *, consumer: str | None) -> Row:
+def get(connection: Connection, inbox: str, which: Which) -> Row:
     """With its value and headers. Raises ConfigurationError if there is none, or more than one."""
-    row = _only(connection, inbox, message_id, consumer, f"{_SUMMARY}, value, details")
-    details = json.loads(row.pop("details")) if isinstance(row["details"], str) else row.pop("details")
+    row = _only(connection, inbox, which, f"{_SUMMARY}, value, details")
+    given = row.pop("details")
+    details = json.loads(given) if isinstance(given, str) else given
     return {**row, "type": details["type"], "headers": details["headers"]}
 
 
-def unpark(connection: Connection, inbox: str, message_id: str, *, consumer: str | None) -> Row:
+def unpark(connection: Connection, inbox: str, which: Which) -> Row:
     """Ask for it to be tried again; returns it. Raises ConfigurationError, CheckFailed if it is not parked."""
-    return _decide(connection, inbox, message_id, consumer, Inbox.unpark)
-
-
-def discard(connection: Connection, inbox: str, message_id: str, *, consumer: str | None) -> Row:
-    """Give it up; returns it. Raises ConfigurationError, CheckFailed if it is not parked."""
-    return _decide(connection, inbox, message_id, consumer, Inbox.discard)
-
-
-def _decide(connection: Connection, inbox: str, message_id: str, consumer: str | None, verb: Any) -> Row:
-    row = _only(connection, inbox, message_id, consumer, _SUMMARY)
-    if row["state"] == "retry" and verb is Inbox.unpark:
-        return row  # somebody has asked for it already
-    with translated(f"deciding about message {message_id!r}", _HINTS), connection.transaction():
-        try:
-            verb(Inbox(row["consumer"], table=inbox), connection, message_id, source=row["source"])
-        except NotParked as error:
-            raise CheckFailed(str(error)) from error
+    row = _only(connection, inbox, which, _SUMMARY)
+    if row["state"] != "retry":  # else somebody has asked for it already
+        _decide(connection, inbox, row, Inbox.unpark)
     return row
 
 
-def _only(connection: Connection, inbox: str, message_id: str, consumer: str | None, columns: str) -> Row:
-    condition = "message_id = %s AND (%s::text IS NULL OR consumer = %s)"
-    rows = _select(connection, inbox, columns, condition, message_id, consumer, consumer)
+def discard(connection: Connection, inbox: str, which: Which) -> Row:
+    """Give it up; returns it. Raises ConfigurationError, CheckFailed if it is not parked."""
+    row = _only(connection, inbox, which, _SUMMARY)
+    _decide(connection, inbox, row, Inbox.discard)
+    return row
+
+
+def _decide(connection: Connection, inbox: str, row: Row, verb: Any) -> None:
+    with translated(f"deciding about message {row['message_id']!r}", _HINTS), connection.transaction():
+        try:
+            verb(Inbox(row["consumer"], table=inbox), connection, row["message_id"], source=row["source"])
+        except NotParked as error:
+            raise CheckFailed(str(error)) from error
+
+
+def _only(connection: Connection, inbox: str, which: Which, columns: str) -> Row:
+    rows = _select(connection, inbox, which, columns)
     if not rows:
         raise ConfigurationError(
-            f"no message {message_id!r} was ever parked" + (f" of consumer {consumer!r}" if consumer else ""),
+            f"no message {which.message_id!r} was ever parked" + (f" by {which.consumer!r}" if which.consumer else ""),
             hint="`cdc-outbox inbox list --all` shows all that were",
         )
     if len(rows) > 1:
-        names = ", ".join(sorted({row["consumer"] for row in rows}))
-        raise ConfigurationError(f"several consumers have message {message_id!r}: {names}", hint="name one: --consumer")
+        names = ", ".join(" ".join(filter(None, (row["consumer"], row["source"]))) for row in rows)
+        raise ConfigurationError(
+            f"several have message {which.message_id!r}: {names}", hint="add --consumer or --source"
+        )
     return rows[0]
 
 
-def _select(connection: Connection, inbox: str, columns: str, condition: str, *parameters: Any) -> list[Row]:
+def _select(connection: Connection, inbox: str, which: Which, columns: str) -> list[Row]:
     table = beside(inbox, "parked")
-    text = f"SELECT {columns} FROM {{table}} AS parked WHERE {condition} ORDER BY place"  # noqa: S608 - constants of ours
-    query = sql.SQL(text).format(table=sql.SQL(table))
+    query = sql.SQL(
+        f"""SELECT {columns} FROM {{table}} AS parked
+             WHERE message_id = coalesce(%s, message_id) AND consumer = coalesce(%s, consumer)
+               AND source = coalesce(%s, source) ORDER BY place"""  # noqa: S608 - constants of ours
+    ).format(table=sql.SQL(table))
+    parameters = [which.message_id, which.consumer, which.source]
     with translated(f"reading table {table}", _HINTS), connection.cursor(row_factory=dict_row) as cursor:
         return cursor.execute(query, parameters).fetchall()

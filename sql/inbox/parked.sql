@@ -34,6 +34,7 @@ DO $$ BEGIN
             PRIMARY KEY (consumer, source, message_id)
         );
         CREATE INDEX ON public.inbox_parked (consumer, due_at, place) WHERE state = 'retry';
+        CREATE INDEX ON public.inbox_parked (consumer, lane, place) WHERE state = 'behind';
         -- of each lane those that are open, in order; from lane to lane in one step
         CREATE INDEX ON public.inbox_parked (consumer, lane, place)
          WHERE state IN ('parked', 'retry', 'behind');

@@ -21,6 +21,7 @@ from cdc_outbox.inbox import psycopg as inbox_psycopg
 from cdc_outbox.inbox import schema as inbox_sql
 from cdc_outbox.inbox.confluent import PoisonMessage, consume
 from cdc_outbox.inbox.librdkafka import setting
+from cdc_outbox.inbox.partitions import Partitions
 from support.applications import django_connections, url
 from support.waiting import wait_until
 from support.world import World, create_topic, make_world
@@ -45,16 +46,15 @@ class Topic:
             self.producer.produce(self.name, **fields)
         assert self.producer.flush(10) == 0
 
-    def consumer(self, **more: Any) -> Consumer:
+    def consumer(self, member: str = "the-only-one") -> Consumer:
         return self.consumer_class(
             {
                 "bootstrap.servers": self.world.bootstrap_servers,
                 "group.id": self.name,
-                "group.instance.id": "the-only-one",
                 "auto.offset.reset": "earliest",
                 "enable.auto.commit": False,
                 "fetch.wait.max.ms": 20,
-                **more,
+                **({"group.instance.id": member} if member else {}),
             }
         )
 
@@ -333,6 +333,67 @@ class TestPoison:
         (foreign,) = (message for message in topic.seen if message.id == name)
         assert (foreign.value, foreign.key, foreign.headers) == (b"foreign", "a", {"trace": "t"})
 
+    def test_one_without_an_id_stands_where_it_came(self, topic: Topic) -> None:
+        """In the middle of a batch: what came before it is handled, what follows of its key is behind it."""
+        topic.produce("0")
+        with topic.running(on_poison="park"):
+            topic.wait_for("0")
+            for name in ("1", "-", "3"):
+                headers: list[tuple[str, str | bytes | None]] = [] if name == "-" else [("id", name)]
+                topic.producer.produce(topic.name, b"{}", "a", 0, headers=headers)
+                topic.producer.produce(topic.name, b"{}", "b", 0, headers={"id": f"b-{name}"})
+            topic.producer.flush()
+            topic.wait_for("1", "b-1", "b--", "b-3")
+            wait_until(lambda: list(topic.states().values()) == ["parked", "behind"], "it is parked")
+        assert topic.effects() == ["0", "1", "b-1", "b--", "b-3"]
+
+    def test_retries_do_not_wait_for_a_backlog(self, topic: Topic) -> None:
+        failed: set[str] = set()
+
+        def handle(connection: Any, message: Message) -> None:
+            if int(message.id) % 10 == 0 and message.id not in failed:
+                failed.add(message.id)
+                raise ValueError("the first time")
+            topic.handle(connection, message)
+
+        topic.produce(*map(str, range(3000)))
+        with topic.running(handle, on_poison="park"):
+            topic.wait_for("0", "2999")
+            wait_until(lambda: len(topic.seen) == 3000, "all are handled")
+        assert [message.id for message in topic.seen].index("0") < 1500
+
+    def test_a_slow_handler_is_tried_again_soon(self, topic: Topic) -> None:
+        times: list[float] = []
+
+        def handle(_connection: Any, _message: Message) -> None:
+            times.append(time.monotonic())
+            time.sleep(0.5)
+            raise ValueError("not yet")
+
+        topic.produce("1")
+        with topic.running(handle, on_poison="park", attempts=4):
+            wait_until(lambda: topic.states() == {"1": "parked"}, "it is parked", timeout_seconds=15)
+        assert len(times) == 4
+
+    def test_stops_are_no_deaths(self, topic: Topic) -> None:
+        """However often it is stopped while it waits for a lock."""
+        topic.produce("1")
+        connect = lambda: psycopg.connect(topic.world.dsn, options="-c lock_timeout=50ms")  # noqa: E731
+        with psycopg.connect(topic.world.dsn) as other:
+            inbox_psycopg.Inbox("billing").once(other, Message("1", None))
+            waiting = "SELECT FROM inbox_attempt WHERE attempts > 0"
+
+            def is_begun() -> bool:
+                return topic.world.db.execute(waiting).rowcount == 1
+
+            for _ in range(4):
+                with topic.running(connect=connect, on_poison="park", attempts=2):
+                    wait_until(is_begun, "it was begun")
+            other.rollback()
+        with topic.running(on_poison="park", attempts=2):
+            topic.wait_for("1")
+        assert topic.states() == {}
+
     def test_nobody_waits_for_a_burst_of_it(self, topic: Topic) -> None:
         bad = [f"bad-{number}" for number in range(30)]
         topic.produce(*bad, "good")
@@ -369,19 +430,25 @@ class TestPoison:
         consumer.close()
         assert topic.effects() == list(map(str, range(10)))
 
-    def test_a_message_that_costs_the_connection_each_time(self, topic: Topic) -> None:
-        """It is not taken for a database that is away: the others go on."""
+    @pytest.mark.parametrize("kind", [by_psycopg, by_psycopg2, by_sqlalchemy, by_session])
+    def test_a_message_that_costs_the_connection_each_time(
+        self, topic: Topic, kind: Callable[[str], tuple[Any, Any, Any]]
+    ) -> None:
+        """It is not taken for a database that is away: the others go on. But once is no fault of its."""
+        connect, inbox, execute = kind(topic.world.dsn)
+        costs = {"bad": 1_000, "once": 1}
 
-        def handle(connection: psycopg.Connection[Any], message: Message) -> None:
-            topic.handle(connection, message)
-            if message.id == "bad":
-                connection.execute("SELECT pg_terminate_backend(pg_backend_pid())")
+        def handle(connection: Any, message: Message) -> None:
+            execute(connection, INSERT.format(message.id))
+            if costs.get(message.id, 0) > 0:
+                costs[message.id] -= 1
+                execute(connection, "SELECT pg_terminate_backend(pg_backend_pid())")
 
-        with topic.running(handle, on_poison="park", attempts=3):
+        with topic.running(handle, connect=connect, inbox=inbox, on_poison="park", attempts=3):
             topic.produce("1")
             topic.wait_for("1")
-            topic.produce("2", "bad", "3")
-            topic.wait_for("2", "3")
+            topic.produce("2", "once", "bad", "3")
+            topic.wait_for("2", "once", "3")
         assert topic.states() == {"bad": "parked"}
 
     def test_a_lock_that_is_waited_for_is_no_attempt(self, topic: Topic) -> None:
@@ -447,7 +514,7 @@ class TestMessages:
 
     def test_a_consumer_that_is_assigned_already(self, topic: Topic) -> None:
         topic.produce("1")
-        consumer, stop = topic.consumer(**{"group.instance.id": "another"}), threading.Event()
+        consumer, stop = topic.consumer("another"), threading.Event()
         consumer.assign([TopicPartition(topic.name, 0, 0)])
 
         def handle(connection: Any, message: Message) -> None:
@@ -494,7 +561,7 @@ def test_a_parked_message_is_not_another_topics(topic: Topic) -> None:
 
 def test_one_that_lost_its_partition_does_not_set_the_offset_back(topic: Topic) -> None:
     """The broker would take it: it looks at the member, not at what is assigned to it."""
-    first, stop = topic.consumer(**{"group.instance.id": "first"}), threading.Event()
+    first, stop = topic.consumer("first"), threading.Event()
     first.subscribe([topic.name])
     topic.produce(*map(str, range(10)))
     thread = threading.Thread(
@@ -504,7 +571,7 @@ def test_one_that_lost_its_partition_does_not_set_the_offset_back(topic: Topic) 
     )
     thread.start()
     topic.wait_for("9")
-    second = topic.consumer(**{"group.instance.id": "a-second"})
+    second = topic.consumer("a-second")
     second.subscribe([topic.name])  # of two partitions the member whose name sorts first has the first
     for _ in range(100):
         second.poll(0.1)
@@ -518,6 +585,37 @@ def test_one_that_lost_its_partition_does_not_set_the_offset_back(topic: Topic) 
     first.close()
     second.close()
     assert topic.committed_offset() == 60
+
+
+def test_a_partition_that_comes_back_while_it_waited(topic: Topic) -> None:
+    """Paused, taken away, and given back: it is not paused for ever."""
+    consumer = topic.consumer("")
+    partitions = Partitions(consumer, threading.Event())
+    partitions.subscribe([topic.name])
+    topic.produce("1")
+    wait_until(lambda: partitions.fetch(10), "the first", timeout_seconds=20)
+    other = topic.consumer("")
+    other.subscribe([topic.name])
+
+    def poll_both() -> int:
+        other.poll(0.05)
+        partitions.wait(0.1)
+        return len(other.assignment())
+
+    wait_until(poll_both, "the other has a partition", timeout_seconds=20)
+    other.close()
+    for _ in range(30):  # it ends at any moment of the rebalance
+        partitions.wait(0.05)
+    topic.produce("2", "3", "4", partition=1)
+    topic.produce("5", partition=0)
+    names: set[str] = set()
+
+    def all_came() -> bool:
+        names.update(Message.from_confluent(record).id for record in partitions.fetch(10))
+        return names >= {"2", "3", "4", "5"}
+
+    wait_until(all_came, "what was produced after it", timeout_seconds=20)
+    consumer.close()
 
 
 class CommitsFail(Consumer):

@@ -102,7 +102,7 @@ def test_one_message(parked: World) -> None:
     assert json.loads(done.out)["value"] == {"base64": "/w=="}
     several = command.run(parked.environment, "inbox", "show", "m-2")
     assert several.exit_code == 2
-    assert "several consumers have message 'm-2': billing, mail -- name one: --consumer" in several.err
+    assert "several have message 'm-2': billing, mail -- add --consumer or --source" in several.err
     none = command.run(parked.environment, "inbox", "show", "m-3")
     assert none.exit_code == 2
     assert "no message 'm-3' was ever parked" in none.err
@@ -136,6 +136,26 @@ def test_unpark_without_a_consumer(parked: World) -> None:
     none = command.run(parked.environment, "inbox", "unpark", "--all")
     assert (none.exit_code, none.out) == (0, "nothing is parked; 3 are being tried again\n")
     assert {row["state"] for row in rows(parked)} == {"retry"}
+
+
+def test_one_id_of_two_sources(parked: World) -> None:
+    with psycopg.connect(parked.dsn) as connection:
+        for source in ("eu", "us"):
+            park(connection, Inbox("billing"), a_message("m-7", source=source, topic="orders"))
+    done = command.run(parked.environment, "inbox", "discard", "m-7")
+    assert done.exit_code == 2
+    assert "several have message 'm-7': billing eu, billing us" in done.err
+    done = command.run(parked.environment, "inbox", "discard", "m-7", "--source", "eu")
+    assert (done.exit_code, done.out) == (0, "message 'm-7' discarded\n")
+    done = command.run(parked.environment, "inbox", "discard", "--all")
+    assert (done.exit_code, len(done.out.splitlines())) == (0, 4)
+
+
+def test_one_of_a_topic_that_nobody_reads_any_more(parked: World) -> None:
+    """It stays to be tried again for ever, and can be given up all the same."""
+    command.run(parked.environment, "inbox", "unpark", "m-1", "--no-wait")
+    done = command.run(parked.environment, "inbox", "discard", "m-1")
+    assert (done.exit_code, done.out) == (0, "message 'm-1' discarded\n")
 
 
 def test_discard(parked: World) -> None:

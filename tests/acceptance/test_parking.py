@@ -1,6 +1,7 @@
 """Poison is parked in order, through every driver: what follows of its key waits behind it, and nothing else does."""
 
 import threading
+import time
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -206,6 +207,36 @@ def test_a_follower_that_fails_stops_its_key_again(consuming: World, start: Star
     park(application, inbox, second)
     assert states(consuming) == {"1": "handled", "2": "parked", "3": "behind"}
     assert retry(application, inbox) is None
+
+
+@on_plain
+def test_who_follows_one_that_is_parked_is_not_woken_by_another(consuming: World, start: Start) -> None:
+    """Two of a key that are parked themselves, as one without an id is; the third waits for the second."""
+    application = start()
+    inbox = Consumer(application, "billing")
+    park(application, inbox, a_message("1", key="a"))
+    park(application, inbox, a_message("2", key="a"))
+    consume(application, inbox, a_message("3", key="a"))
+    with application.inside(application.transaction()):
+        inbox.call("unpark", "1")
+    assert [retry(application, inbox), retry(application, inbox)] == ["1", None]
+    assert states(consuming) == {"1": "handled", "2": "parked", "3": "behind"}
+
+
+@on_plain
+def test_a_hundred_thousand_keys_with_one_each(consuming: World, start: Start) -> None:
+    """Whether one is due is found without reading them."""
+    consuming.db.execute(
+        """INSERT INTO inbox_parked (consumer, message_id, lane, details, state, attempts)
+           SELECT 'billing', n, gen_random_uuid(), '{}', 'parked', 5 FROM generate_series(1, 100000) AS n"""
+    )
+    application = start()
+    inbox = Consumer(application, "billing")
+    inbox.call("due")
+    began = time.monotonic()
+    for _ in range(10):
+        assert inbox.call("due") is None
+    assert time.monotonic() - began < 0.5
 
 
 @on_plain

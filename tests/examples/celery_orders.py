@@ -30,7 +30,7 @@ inbox = Inbox("shipping")
 
 @app.task(  # type: ignore[untyped-decorator] # Celery has no types
     name="ship",  # else it would have another one in the consumer, whose module is __main__
-    autoretry_for=(psycopg.OperationalError,),
+    autoretry_for=(Exception,),  # a task that fails for good is gone for Celery, and so would be the shipment
     retry_backoff=True,
     max_retries=None,
 )
@@ -41,7 +41,7 @@ def ship(event_id: str, committed_at: str, order: str) -> None:
 
 
 def enqueue(_connection: psycopg.Connection, message: Message) -> None:
-    """If the queue is away this raises, and the message is tried again."""
+    """If the queue is away this raises, and the message is tried again, as often as ``attempts`` says."""
     assert message.committed_at
     ship.delay(message.id, message.committed_at.isoformat(), message.value.decode())
 
@@ -56,7 +56,9 @@ def main() -> None:
         }
     )
     connect = lambda: psycopg.connect(os.environ["DATABASE_URL"])  # noqa: E731 - of one line
-    consume(consumer, connect, enqueue, inbox=Inbox("shipping queue"), topics=[os.environ["TOPIC"]])
+    inbox = Inbox("shipping queue")
+    # ten seconds apart at last: a queue that is away for a night is waited for
+    consume(consumer, connect, enqueue, inbox=inbox, topics=[os.environ["TOPIC"]], attempts=5_000)
     consumer.close()
 
 

@@ -6,18 +6,21 @@ it needs is there. A second task takes what is due. For FastStream itself see co
 
 import asyncio
 import json
+import logging
 import os
+from typing import Any
 
 import asyncpg
 from faststream import AckPolicy, FastStream
 from faststream.kafka import KafkaBroker, KafkaMessage
 
-from cdc_outbox.inbox.asyncpg import AsyncInbox, Message
+from cdc_outbox.inbox.asyncpg import AsyncInbox, Message, NoMessageId
 from cdc_outbox.transactions.asyncpg import Connection
 
 broker = KafkaBroker(os.environ["KAFKA"])
 app = FastStream(broker)
 inbox = AsyncInbox("shipping")
+logger = logging.getLogger(__name__)
 ATTEMPTS = 5
 pool: asyncpg.Pool
 retrying: asyncio.Task[None]
@@ -39,8 +42,13 @@ async def ship(connection: Connection, event: Message) -> None:
     max_workers=1,
 )
 async def take(message: KafkaMessage) -> None:
-    event = Message.from_faststream(message)
     async with pool.acquire() as connection:
+        try:
+            event = Message.from_faststream(message)
+        except NoMessageId as error:  # nobody can tell it from its copies: a person decides
+            record: Any = message.raw_message
+            await park(connection, Message.nameless(record), error, attempts=1)
+            return
         try:
             async with connection.transaction():
                 if await inbox.once(connection, event) and await inbox.park_followers(connection, [event]):
@@ -49,30 +57,37 @@ async def take(message: KafkaMessage) -> None:
             await park(connection, event, error)
 
 
-async def retry() -> None:
-    """What was unparked, and what failed a moment ago."""
+async def retry_for_ever() -> None:
     while True:
-        async with pool.acquire() as connection:
-            while event := await inbox.due(connection, attempts=ATTEMPTS):
-                try:
-                    async with connection.transaction():
-                        if await inbox.retry(connection, event):
-                            await ship(connection, event)
-                except Exception as error:  # noqa: BLE001 - as above
-                    await park(connection, event, error)
+        try:
+            async with pool.acquire() as connection:
+                await retry(connection)
+        except Exception:
+            logger.exception("parked orders cannot be tried now")
         await asyncio.sleep(0.5)
 
 
-async def park(connection: Connection, event: Message, error: Exception) -> None:
+async def retry(connection: Connection) -> None:
+    """What was unparked, and what failed a moment ago."""
+    while event := await inbox.due(connection, attempts=ATTEMPTS):
+        try:
+            async with connection.transaction():
+                if await inbox.retry(connection, event):
+                    await ship(connection, event)
+        except Exception as error:  # noqa: BLE001 - it is kept
+            await park(connection, event, error)
+
+
+async def park(connection: Connection, event: Message, error: Exception, attempts: int = ATTEMPTS) -> None:
     async with connection.transaction():
-        await inbox.park(connection, event, error, attempts=ATTEMPTS)
+        await inbox.park(connection, event, error, attempts=attempts)
 
 
 @app.on_startup
 async def connect() -> None:
     global pool, retrying  # noqa: PLW0603 - FastStream's Context holds them in a larger application
     pool = await asyncpg.create_pool(os.environ["DATABASE_URL"], min_size=2)
-    retrying = asyncio.create_task(retry())
+    retrying = asyncio.create_task(retry_for_ever())
 
 
 @app.after_shutdown

@@ -35,6 +35,7 @@ class Consumers:
     ledger: Ledger = field(default_factory=Ledger)
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     kills: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
     #: Of the first event; of all copies alike, and not so long ago that the broker would forget them.
     committed_at_ms: int = field(default_factory=lambda: int(time.time() * 1000))
 
@@ -90,7 +91,8 @@ class Consumers:
                 self.stop(process)
             elif process.returncode == -signal.SIGKILL:
                 kills -= 1
-                self.kills += 1
+                with self._lock:
+                    self.kills += 1
             else:
                 raise AssertionError(self.log())
 

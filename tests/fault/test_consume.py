@@ -49,8 +49,9 @@ def test_killed_at_two_hundred_points_with_each_record_three_times(consumers: Co
     threads = [threading.Thread(target=run, args=[number]) for number in range(3)]
     for thread in threads:
         thread.start()
-    begin = events
+    begin, deadline = events, time.monotonic() + 200
     while consumers.kills < KILLS and not failures:
+        assert time.monotonic() < deadline, consumers.kills
         if consumers.effects() > begin - 3000:  # there is always something to do when one dies
             consumers.produce(2000, keys=keys, times=3, begin=begin)
             begin += 2000
@@ -115,10 +116,10 @@ def test_poison_among_a_thousand_keys(consumers: Consumers) -> None:
     """Nobody waits for it, and its key's order holds when it is unparked."""
     consumers.produce(3000, keys=1000)
     consumers.poison("a-500", "raises")
-    consumer = consumers.start(attempts=8)  # some ten seconds of trying
+    consumer = consumers.start(attempts=10)  # some fifty seconds of trying
     consumers.wait_for_effects(2997)
     assert consumers.parked().get("parked") is None  # they are done, and it is still being tried
-    wait_until(lambda: consumers.parked() == {"parked": 1, "behind": 2}, "it is parked", timeout_seconds=60)
+    wait_until(lambda: consumers.parked() == {"parked": 1, "behind": 2}, "it is parked", timeout_seconds=120)
     consumers.db.execute("TRUNCATE poison")
     with psycopg.connect(consumers.settings.dsn) as connection:
         Inbox("billing").unpark(connection, "e-500")
