@@ -99,9 +99,10 @@ class _Loop(Generic[C]):
     source: str
     stopping: threading.Event
     parks: bool
-    #: by place: how often a message has failed, where the loop stops at last; attempts that were written beforehand
+    #: by place: how often a message has failed, where the loop stops at last
     failures: Counter[str] = field(default_factory=Counter)
-    counted: dict[str, Message] = field(default_factory=dict)
+    #: by place: messages whose attempt was written beforehand, and how many attempts there were then
+    counted: dict[str, tuple[Message, int]] = field(default_factory=dict)
     waits_in_a_row: int = 0
     looks_at: float = 0.0
 
@@ -109,6 +110,11 @@ class _Loop(Generic[C]):
         try:
             while not self.stopping.is_set():
                 self._step()
+        except SystemExit:  # of a handler, as likely as not: its attempt counts
+            self.counted.clear()
+            raise
+        except Unstorable as error:  # not a message is to blame, but the name of consumer or source
+            raise error.__cause__ or error from None
         finally:
             try:
                 self._take_attempts_back()
@@ -151,8 +157,8 @@ class _Loop(Generic[C]):
     def _handle_together(self, left: list[Record], messages: list[Message]) -> bool:
         """Whether they could be, in one transaction. Not the first of a partition: they may have ended a process."""
         records = left[: len(messages)]
-        has_failed = any(message.place in self.failures for message in messages) if self.failures else False
-        if not messages or has_failed or self.partitions.are_new(records):
+        known = self.failures.keys() | self.counted.keys()
+        if not messages or self.partitions.are_new(records) or (known and any(it.place in known for it in messages)):
             return False
         try:
             with self.database.transaction() as connection:
@@ -187,15 +193,12 @@ class _Loop(Generic[C]):
         except ValueError as error:
             self._give_up(Message.nameless(record, source=self.source), error)
             return
+        is_suspect = is_suspect or message.place in self.counted
         try:
             if is_suspect and self._count_attempt(message) > self.attempts:
                 self._give_up(message, DIED)
-                return
-            with self.database.transaction() as connection:
-                if self.inbox.once(connection, message) and self.inbox.park_followers(connection, [message]):
-                    self.database.call(self.handler, connection, message)
-                if is_suspect:
-                    self.inbox.forget_attempts(connection, [message])
+            else:
+                self._handle(message, is_suspect=is_suspect)
         except HandlerFailed as failure:
             self._failed(message, failure)
         except Unstorable as error:
@@ -203,20 +206,25 @@ class _Loop(Generic[C]):
         self.failures.pop(message.place, None)
         self.counted.pop(message.place, None)
 
+    def _handle(self, message: Message, *, is_suspect: bool) -> None:
+        with self.database.transaction() as connection:
+            if is_suspect:
+                self.inbox.forget_attempts(connection, [message])
+            if self.inbox.once(connection, message) and self.inbox.park_followers(connection, [message]):
+                self.database.call(self.handler, connection, message)
+
     def _count_attempt(self, message: Message) -> int:
         """Once: while this process lives, nothing has ended it."""
-        if message.place in self.counted:
-            return 0
-        with self.database.statements() as connection:
-            attempts = self.inbox.count_attempt(connection, message)
-        self.counted[message.place] = message
-        return attempts
+        if message.place not in self.counted:
+            with self.database.statements() as connection:
+                self.counted[message.place] = message, self.inbox.count_attempt(connection, message)
+        return self.counted[message.place][1]
 
     def _take_attempts_back(self) -> None:
         """Of messages that wait for the database, or a lock: this process ends, but not because of them."""
         if self.counted:
             with suppress(Exception), self.database.transaction() as connection:
-                self.inbox.uncount_attempts(connection, self.counted.values())
+                self.inbox.uncount_attempts(connection, [message for message, _ in self.counted.values()])
 
     def _failed(self, message: Message, failure: HandlerFailed) -> None:
         _log.warning("message %r at %s failed: %r", message.id, message.place, failure.__cause__)

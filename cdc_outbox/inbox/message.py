@@ -179,7 +179,7 @@ class Message:
 
     @classmethod
     def from_confluent(cls, message: ConfluentMessage, *, source: str = "") -> Self:
-        """Raises NoMessageId; ValueError if it is no message but an error, which ``poll`` returns alike."""
+        """Raises as ``from_aiokafka``; ValueError if it is no message but an error, which ``poll`` returns alike."""
         if message.error() is not None:
             raise ValueError(f"not a message, but an error: {message.error()}")
         kind, timestamp_ms = message.timestamp()
@@ -189,14 +189,14 @@ class Message:
 
     @classmethod
     def from_aiokafka(cls, record: AiokafkaRecord, *, source: str = "") -> Self:
-        """Raises NoMessageId."""
+        """Raises NoMessageId; ValueError for a timestamp that is none."""
         place = (record.topic, record.partition, record.offset)
         committed_at = _time(record.timestamp, place) if record.timestamp_type == _CREATE_TIME_AIOKAFKA else None
         return cls._of_record(record.headers, record.key, record.value, committed_at, source, place)
 
     @classmethod
     def from_faststream(cls, message: FaststreamMessage, *, source: str = "") -> Self:
-        """Of either of its Kafka brokers. Raises NoMessageId; TypeError for a batch."""
+        """Of either of its Kafka brokers. Raises as ``from_aiokafka``; TypeError for a batch."""
         raw = message.raw_message
         if isinstance(raw, tuple | list):
             raise TypeError("a batch of messages: give each of its raw_message to from_aiokafka or from_confluent")

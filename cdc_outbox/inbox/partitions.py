@@ -53,9 +53,15 @@ class Partitions:
         self._look_at_assignment()
         if first is None:
             return []
-        messages = [message for message in (first, *rest) if not _is_error(message.error())]
+        messages = [message for message in (first, *rest) if message.error() is None]
+        try:
+            for message in (first, *rest):
+                _is_error(message.error())
+        except KafkaException:
+            self.go_back(messages)
+            raise
         for place, offset in _first_offsets(messages).items() if self._new else ():
-            if self._was.get(place) == offset:  # it comes back, and nobody did anything in between
+            if self._was.get(place) == offset:  # it comes back where it was: no offset was committed in between
                 self._new.discard(place)
         return messages
 
@@ -98,6 +104,7 @@ class Partitions:
             if message is not None and not _is_error(message.error()):
                 self.go_back([message])
         self._consumer.resume(self._consumer.assignment())
+        self._assigned &= self._mine()  # what is away now, and comes back, will have to be resumed then
 
     def close(self) -> None:
         """Commit all that is done, and wait for it, but not for long."""

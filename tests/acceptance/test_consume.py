@@ -304,6 +304,54 @@ class TestPoison:
             wait_until(lambda: topic.states() == {"2": "parked"}, "it is not lost")
         assert topic.effects() == ["1", "3"]
 
+    def test_such_an_error_of_the_first_message(self, topic: Topic) -> None:
+        """While attempts are written beforehand."""
+
+        def handle(connection: psycopg.Connection[Any], _message: Message) -> None:
+            with pytest.raises(psycopg.errors.DivisionByZero):
+                connection.execute("SELECT 1 / 0")
+
+        topic.produce("1")
+        with pytest.raises(PoisonMessage, match="InFailedSqlTransaction"):
+            topic.run(handle, attempts=2)
+        with topic.running(handle, on_poison="park", attempts=2):
+            wait_until(lambda: topic.states() == {"1": "parked"}, "it is parked")
+        assert topic.world.db.execute("SELECT FROM inbox_attempt").rowcount == 0
+
+    def test_a_handler_that_exits(self, topic: Topic) -> None:
+        """As one that ends its process in any other way."""
+
+        def handle(_connection: Any, _message: Message) -> None:
+            raise SystemExit(1)
+
+        topic.produce("1")
+        for _ in range(2):
+            with pytest.raises(SystemExit):
+                topic.run(handle, attempts=2)
+        with pytest.raises(PoisonMessage, match="the process ended"):
+            topic.run(handle, attempts=2)
+
+    def test_attempts_are_forgotten_when_it_succeeds_later(self, topic: Topic) -> None:
+        failures = iter([True, True, False])
+
+        def handle(connection: Any, message: Message) -> None:
+            if message.id == "2" and next(failures):
+                raise ValueError("not yet")
+            topic.handle(connection, message)
+
+        topic.produce("1", "2", "3")
+        with topic.running(handle):
+            topic.wait_for("1", "2", "3")
+        assert topic.world.db.execute("SELECT FROM inbox_attempt").rowcount == 0
+
+    def test_a_source_that_the_database_cannot_hold(self, postgres: str, kafka: str) -> None:
+        """Not the message's fault: it is told as the driver tells it."""
+        with make_world(postgres, kafka, encoding="LATIN1") as world:
+            topic = make_topic(world)
+            topic.produce("1")
+            with pytest.raises(UnicodeEncodeError):
+                topic.run(source="\u2192", on_poison="park")
+
     def test_what_shows_at_commit_only(self, topic: Topic) -> None:
         topic.world.db.execute("ALTER TABLE effect ADD UNIQUE (message_id) DEFERRABLE INITIALLY DEFERRED")
         topic.world.db.execute("ALTER TABLE effect DROP CONSTRAINT effect_pkey; INSERT INTO effect VALUES ('2')")

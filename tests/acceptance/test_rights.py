@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import psycopg
 import pytest
@@ -93,7 +94,30 @@ def test_applications_and_consumers_need_what_the_readme_says(busy: World, nobod
         busy.db.execute(f"GRANT SELECT, INSERT ON inbox TO {nobody}".encode())
         assert Inbox("billing").once(connection, Message("m-1", datetime.now(UTC)))
         connection.commit()
+        others = "inbox_parked, inbox_attempt, inbox_version, inbox_request"
+        busy.db.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {others} TO {nobody}".encode())
+        use_all_of_it(connection, Inbox("billing"))
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
             Inbox("billing").prune(connection, timedelta())
         busy.db.execute(f"GRANT UPDATE, DELETE ON inbox TO {nobody}".encode())
-        assert Inbox("billing").prune(connection, timedelta()) == 1
+        assert (
+            Inbox("billing").prune(connection, timedelta()) == 3
+        )  # ids; what is beside them went before it was refused
+
+
+def use_all_of_it(connection: psycopg.Connection[Any], inbox: Inbox) -> None:
+    """What a consumer does to the tables beside its inbox."""
+    first, second = (Message(name, datetime.now(UTC), key="a") for name in ("p-1", "p-2"))
+    inbox.count_attempt(connection, first)
+    inbox.park(connection, first, "broken", attempts=1)
+    inbox.forget_attempts(connection, [first])
+    assert inbox.park_followers(connection, inbox.once_many(connection, [second])) == []
+    inbox.unpark(connection, "p-1")
+    connection.commit()
+    for message in (first, second):
+        assert inbox.due(connection) == message
+        assert inbox.retry(connection, message)
+        connection.commit()
+    assert inbox.newer(connection, first, version=1)
+    assert inbox.request(connection, "a-key", b"").store("done") == "done"
+    connection.commit()

@@ -14,7 +14,7 @@ import asyncpg
 from faststream import AckPolicy, FastStream
 from faststream.kafka import KafkaBroker, KafkaMessage
 
-from cdc_outbox.inbox.asyncpg import AsyncInbox, Message, NoMessageId
+from cdc_outbox.inbox.asyncpg import AsyncInbox, Message
 from cdc_outbox.transactions.asyncpg import Connection
 
 broker = KafkaBroker(os.environ["KAFKA"])
@@ -45,7 +45,7 @@ async def take(message: KafkaMessage) -> None:
     async with pool.acquire() as connection:
         try:
             event = Message.from_faststream(message)
-        except NoMessageId as error:  # nobody can tell it from its copies: a person decides
+        except ValueError as error:  # no id, or a time that is none: a person decides
             record: Any = message.raw_message
             await park(connection, Message.nameless(record), error, attempts=1)
             return
