@@ -118,9 +118,12 @@ class Partitions:
         if not places:
             return
         try:
-            self._consumer.commit(offsets=places)
-            if at_once:  # a synchronous commit waits as long as the session lasts; this is answered after that one
+            if at_once:
+                # asked first: without a broker a commit waits as long as the session lasts, and so does closing then
                 self._consumer.committed(places, timeout=_COMMIT_SECONDS)
+                self._consumer.commit(offsets=places, asynchronous=False)
+            else:
+                self._consumer.commit(offsets=places)
         except KafkaException as error:
             # Another one has the partition, the group is rebalancing, or the broker is away: what is committed later
             # covers this, and what is not comes again, which the inbox knows.
