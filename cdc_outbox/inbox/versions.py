@@ -28,13 +28,18 @@ class VersionTable:
             "source": message.source,
             "topic": message.topic,
             "subject": _checked(message.key, "key"),
-            "version": f"s{message.sequence}" if version is None and message.sequence else _comparable(version),
+            "version": _comparable(version, message.sequence),
         }
         return bool((yield self._advance, json.dumps(parameter, ensure_ascii=False)))
 
 
-def _comparable(version: int | str | None) -> str:
-    """Text that is ordered as the versions are, its kind in front. Raises ValueError."""
+def _comparable(version: int | str | None, sequence: str | None) -> str:
+    """Text that is ordered as the versions are, its kind in front; of the message's sequence without a version.
+
+    Raises ValueError.
+    """
+    if version is None and sequence:
+        return "s" + _checked(sequence, "header sequence")
     if isinstance(version, bool) or version is None or not isinstance(version, int | str):
         raise ValueError(
             f"the version is {version!r}: give version=, a whole number or a text that is ordered byte by byte;"

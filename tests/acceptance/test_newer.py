@@ -51,6 +51,8 @@ def test_only_what_is_newer(consuming: World, start: Start, kind: type[Applicati
         ({"key": "a"}, "10", "'10' is a number in a text"),
         ({"key": "a"}, "", "the version is empty"),
         ({"key": "a"}, "1\0", "has a NUL"),
+        ({"key": "a", "sequence": "0\0f"}, None, "the header sequence is empty, has a NUL"),
+        ({"key": "a", "sequence": "0" * 501}, None, "over 500 bytes"),
         ({"key": "k" * 501}, 1, "the key is empty, has a NUL in it, is no text, or has over 500 bytes"),
     ],
 )
