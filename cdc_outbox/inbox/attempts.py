@@ -41,6 +41,9 @@ class AttemptTable:
 _BEFORE: Final = "WITH given AS MATERIALIZED (SELECT * FROM json_to_record(CAST(CAST("
 _AFTER: Final = """ AS text) AS json)) AS given (consumer text, messages json)), message AS (
     SELECT consumer, one ->> 0 AS source, one ->> 1 AS message_id FROM given, json_array_elements(messages) AS one)"""
+_IS_GIVEN: Final = (
+    "(known.consumer, known.source, known.message_id) = (message.consumer, message.source, message.message_id)"
+)
 
 
 def _count(table: str) -> Statement:
@@ -59,9 +62,7 @@ def _uncount(table: str) -> Statement:
     return Statement(
         _BEFORE,
         f"""{_AFTER}
-        UPDATE {table} AS known SET attempts = known.attempts - 1 FROM message
-         WHERE (known.consumer, known.source, known.message_id)
-             = (message.consumer, message.source, message.message_id)""",
+        UPDATE {table} AS known SET attempts = known.attempts - 1 FROM message WHERE {_IS_GIVEN}""",
     )
 
 
@@ -69,7 +70,5 @@ def _forget(table: str) -> Statement:
     return Statement(
         _BEFORE,
         f"""{_AFTER}
-        DELETE FROM {table} AS known USING message
-         WHERE (known.consumer, known.source, known.message_id)
-             = (message.consumer, message.source, message.message_id)""",
+        DELETE FROM {table} AS known USING message WHERE {_IS_GIVEN}""",
     )

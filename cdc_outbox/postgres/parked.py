@@ -38,8 +38,7 @@ class Which:
 
 def find(connection: Connection, inbox: str, which: Which, *, all_too: bool) -> list[Row]:
     """Those that wait for a decision or are being tried again, in the order in which they came; ``all_too``: all."""
-    states = ["parked", "retry"] + (["behind", "handled", "discarded"] if all_too else [])
-    return [row for row in _select(connection, inbox, which, _SUMMARY) if row["state"] in states]
+    return _select(connection, inbox, which, _SUMMARY, "" if all_too else "AND state IN ('parked', 'retry')")
 
 
 def get(connection: Connection, inbox: str, which: Which) -> Row:
@@ -88,12 +87,12 @@ def _only(connection: Connection, inbox: str, which: Which, columns: str) -> Row
     return rows[0]
 
 
-def _select(connection: Connection, inbox: str, which: Which, columns: str) -> list[Row]:
+def _select(connection: Connection, inbox: str, which: Which, columns: str, condition: str = "") -> list[Row]:
     table = beside(inbox, "parked")
     query = sql.SQL(
         f"""SELECT {columns} FROM {{table}} AS parked
              WHERE message_id = coalesce(%s, message_id) AND consumer = coalesce(%s, consumer)
-               AND source = coalesce(%s, source) ORDER BY place"""  # noqa: S608 - constants of ours
+               AND source = coalesce(%s, source) {condition} ORDER BY place"""  # noqa: S608 - constants of ours
     ).format(table=sql.SQL(table))
     parameters = [which.message_id, which.consumer, which.source]
     with translated(f"reading table {table}", _HINTS), connection.cursor(row_factory=dict_row) as cursor:

@@ -19,9 +19,6 @@ from confluent_kafka import Consumer, TopicPartition
 from cdc_outbox.inbox.confluent import Message, consume
 from cdc_outbox.inbox.psycopg import Inbox
 
-#: What the table `poison` says of a message's key: how the handler fails.
-FAILURES = ("raises", "dies")
-
 
 @dataclass(frozen=True)
 class Settings:
