@@ -24,6 +24,8 @@ class Arena:
     broker_pid: int | None
     #: PostgreSQL's programs, if they are known
     programs: Path | None
+    #: how long a peer may take over a backlog
+    patience_seconds: float
 
     def conditions(self) -> dict[str, Any]:
         """What a result cannot be read without."""
@@ -47,7 +49,7 @@ class Arena:
 
 
 @contextmanager
-def open_arena(postgres: str | None, kafka: str | None) -> Iterator[Arena]:
+def open_arena(postgres: str | None, kafka: str | None, *, patience_seconds: float = 600) -> Iterator[Arena]:
     """What is not given is started, and gone afterwards."""
     with servers(postgres, kafka) as started:
         yield Arena(
@@ -55,6 +57,7 @@ def open_arena(postgres: str | None, kafka: str | None) -> Iterator[Arena]:
             bootstrap_servers=started.bootstrap_servers,
             broker_pid=started.kafka.pid if started.kafka else None,
             programs=started.postgres.programs if started.postgres else None,
+            patience_seconds=patience_seconds,
         )
 
 

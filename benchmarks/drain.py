@@ -2,14 +2,12 @@
 
 import time
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any
 
 from benchmarks.accounting import Account
 from benchmarks.arena import Arena
 from benchmarks.lane import Backlog, Found, Lane, open_lane
 from benchmarks.peers import Peer
-
-_LONGEST_SECONDS: Final = 600.0
 
 
 class Incomplete(Exception):
@@ -63,10 +61,10 @@ def drain(arena: Arena, peer: Peer, backlog: Backlog) -> Drained:
 def _watch(lane: Lane, peer: Peer, process: Any, events: int) -> tuple[float, float]:
     """When the work began and when it was seen to be done, Unix seconds."""
     begun_at = 0.0
-    deadline = time.monotonic() + _LONGEST_SECONDS
+    deadline = time.monotonic() + lane.arena.patience_seconds
     while not peer.has_finished(lane, process, events):
         if time.monotonic() > deadline:
-            raise Incomplete(f"{peer.name}: not done after {_LONGEST_SECONDS:.0f} s")
+            raise Incomplete(f"{peer.name}: not done after {lane.arena.patience_seconds:.0f} s")
         if process.poll() is not None:
             raise Incomplete(f"{peer.name} ended with {process.returncode}")
         if not begun_at and (lane.walsender_pid() if peer.uses_slot else lane.arrived()):

@@ -43,6 +43,8 @@ def measure_latency(arena: Arena, rate: int, seconds: float) -> Latency:
         arguments = [arena.bootstrap_servers, lane.topic, _events(rate, seconds), sender]
         consumer = context.Process(target=_consume, args=arguments)
         consumer.start()
+        if not receiver.poll(30):
+            raise Incomplete("latency: the consumer's process does not start")
         receiver.recv()  # it listens
         _write(lane, rate, seconds)
         ended = time.time()

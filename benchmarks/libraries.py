@@ -22,6 +22,7 @@ from confluent_kafka.cimpl import NewTopic
 from psycopg import conninfo
 
 from benchmarks.arena import Arena
+from benchmarks.drain import Incomplete
 from cdc_outbox.demo.scene import own_database
 from cdc_outbox.inbox import schema as inbox_schema
 from cdc_outbox.inbox.confluent import consume
@@ -154,8 +155,13 @@ def _consume(arena: Arena, dsn: str, topic: str, kind: type[Inbox], messages: in
         }
     )
     connect = lambda: psycopg.connect(dsn, password=conninfo.conninfo_to_dict(arena.admin_dsn).get("password"))  # noqa: E731
+    patience = threading.Timer(arena.patience_seconds, stop.set)
+    patience.start()
     consume(consumer, connect, handle, inbox=kind(group), topics=[topic], batch=100, stop=stop)
+    patience.cancel()
     consumer.close()
+    if len(times) < messages:
+        raise Incomplete(f"consume: {len(times)} of {messages} messages after {arena.patience_seconds:.0f} s")
     first = messages // 10
     return (messages - first) / (times[-1] - times[first])
 

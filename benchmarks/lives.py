@@ -3,15 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final
 
 from benchmarks.accounting import cpu_seconds, peak_rss_bytes
 from benchmarks.arena import Arena
 from benchmarks.drain import Incomplete
 from benchmarks.lane import Backlog, Lane, open_lane
 from benchmarks.peers.relay import Relay
-
-_LONGEST_SECONDS: Final = 300.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,13 +50,13 @@ def measure_start(arena: Arena) -> Start:
         lane.write(Backlog(1, 1))
         began = time.time()
         with Relay().start(lane):
-            _wait(lane.is_confirmed, "the first event")
+            _wait(arena, lane.is_confirmed, "the first event")
         return Start(lane.read(1).first_at - began)
 
 
 def measure_idle(arena: Arena, seconds: float) -> Idle:
     with open_lane(arena) as lane, Relay().start(lane) as process:
-        _wait(lambda: lane.walsender_pid() is not None, "the slot is taken")
+        _wait(arena, lambda: lane.walsender_pid() is not None, "the slot is taken")
         time.sleep(5)  # what a start costs is not idling
         spent, wal, began = cpu_seconds(process.pid) or 0.0, lane.wal_end(), time.monotonic()
         time.sleep(seconds)
@@ -73,9 +70,9 @@ def measure_huge(arena: Arena, events: int) -> Huge:
     with open_lane(arena) as lane:
         lane.write(Backlog(events, events))
         with Relay().start(lane) as process:
-            _wait(lambda: lane.walsender_pid() is not None, "the slot is taken")
+            _wait(arena, lambda: lane.walsender_pid() is not None, "the slot is taken")
             began = time.time()
-            _wait(lane.is_confirmed, "the huge transaction")
+            _wait(arena, lane.is_confirmed, "the huge transaction")
             peak = peak_rss_bytes(process.pid)
         found = lane.read(events)
         if not found.is_complete:
@@ -87,14 +84,14 @@ def measure_crash(arena: Arena, events: int) -> Crash:
     with open_lane(arena) as lane:
         lane.write(Backlog(events, 100))
         with Relay().start(lane) as process:
-            _wait(lambda: lane.arrived() > events // 3, "a third of the backlog")
+            _wait(arena, lambda: lane.arrived() > events // 3, "a third of the backlog")
             process.kill()
             process.wait()
         arrived, began = lane.arrived(), time.time()
         with Relay().start(lane):
-            _wait(lambda: lane.arrived() > arrived, "the next record")
+            _wait(arena, lambda: lane.arrived() > arrived, "the next record")
             recovered = time.time() - began
-            _wait(lane.is_confirmed, "the rest")
+            _wait(arena, lane.is_confirmed, "the rest")
         found = lane.read(events)
         if found.out_of_order:
             raise Incomplete(f"crash: {found.out_of_order} out of order")
@@ -109,9 +106,9 @@ def _lag_bytes(lane: Lane) -> int:
     return int(row[0]) if row else -1
 
 
-def _wait(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + _LONGEST_SECONDS
+def _wait(arena: Arena, condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + arena.patience_seconds
     while not condition():
         if time.monotonic() > deadline:
-            raise Incomplete(f"not within {_LONGEST_SECONDS:.0f} s: {what}")
+            raise Incomplete(f"not within {arena.patience_seconds:.0f} s: {what}")
         time.sleep(0.01)

@@ -4,6 +4,7 @@ It dies where it is told to: the points around the database's commits and the of
 one effect a message, and cannot take what the table `poison` names, in one way or another.
 """
 
+import faulthandler
 import json
 import logging
 import os
@@ -67,6 +68,7 @@ class MortalConsumer(Consumer):
 
 
 def main() -> None:
+    faulthandler.enable()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     settings = Settings(**json.loads(sys.argv[1]))
     Life.left = settings.dies_at
@@ -93,6 +95,7 @@ def main() -> None:
         attempts=settings.attempts,
         on_poison=settings.on_poison,
     )
+    logging.getLogger("loop").info("the loop of process %s has ended", os.getpid())
     consumer.close()
 
 
