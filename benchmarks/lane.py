@@ -16,9 +16,9 @@ from confluent_kafka.cimpl import NewTopic
 from psycopg import conninfo
 
 from benchmarks.arena import Arena
-from cdc_outbox.postgres import migrations
+from cdc_outbox.operations import migrations
 from cdc_outbox.postgres.connection import connect
-from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.wal.lsn import LSN
 
 PARTITIONS: Final = 6
 _NUMBER: Final = re.compile(rb'number\\?"\s*:\s*(\d+)')

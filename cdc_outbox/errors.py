@@ -1,11 +1,11 @@
 """The one tree of errors, split by *what to do about it*.
 
 A message names the thing (slot, relation, LSN, topic, key of the configuration), never a payload or a password;
-the hint says how to mend it. The edges translate library exceptions into these with ``raise ... from``;
+the hint says how to fix it. The edges translate library exceptions into these with ``raise ... from``;
 ``service.supervisor`` alone decides what is tried again; ``cli`` alone turns them into exit codes.
 
     CdcOutboxError
-    ├── ConfigurationError      mend the configuration or the command line     exit 2
+    ├── ConfigurationError      correct the configuration or the command line     exit 2
     ├── UnavailableError        try again with backoff; `run` never exits on it
     │   ├── SourceUnavailable   PostgreSQL
     │   │   └── ServerStopping  it is being stopped, and waits for us to let go
@@ -24,7 +24,7 @@ from typing import ClassVar
 
 
 class CdcOutboxError(Exception):
-    """Base of all: one line of what is wrong, and optionally one of how to mend it."""
+    """Base of all: one line of what is wrong, and optionally one of how to fix it."""
 
     exit_code: ClassVar[int] = 1
 

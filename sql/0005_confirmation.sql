@@ -1,6 +1,6 @@
 -- Why: a slot that was dropped and made anew begins where it was made. What was committed before is not in it, and
 -- nothing in the replication protocol tells. The relay notes here up to where it may confirm, and what the server had
--- counted for the slot by then, and compares before it streams (cdc_outbox/postgres/continuity.py).
+-- counted for the slot by then, and compares before it streams (cdc_outbox/journal/continuity.py).
 --
 -- This is no position to start from: that is the slot's, and only its. To accept a gap that the relay complains of,
 -- delete the slot's row.

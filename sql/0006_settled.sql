@@ -5,7 +5,7 @@
 -- But settled is only what came: a table may have been out of the publication, filtered, renamed, unlogged. So each
 -- note says of which heaps (the outbox, or its partitions) every row was sent, and since when without a break. The relay
 -- reads that in the statement that takes the snapshot: a fingerprint of what the publication sends of each heap, made of
--- things that never return to what they were once they have changed (cdc_outbox/postgres/coverage.py). A row is
+-- things that never return to what they were once they have changed (cdc_outbox/journal/coverage.py). A row is
 -- published if its transaction began after `since` and had ended in the snapshot.
 --
 -- Known is what cannot be otherwise, nothing more:

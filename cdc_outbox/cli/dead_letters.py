@@ -11,7 +11,7 @@ from rich.text import Text
 
 from cdc_outbox.cli.main import Settings
 from cdc_outbox.cli.terminal import portable, print_field, printable
-from cdc_outbox.postgres import dead_letters
+from cdc_outbox.operations import dead_letters
 from cdc_outbox.postgres.connection import Connection, connect
 
 _ids = click.argument("ids", nargs=-1, required=True, type=int)

@@ -1,4 +1,4 @@
-"""`cdc-outbox doctor`: checks everything `run` needs, and says how to mend each thing that is wrong."""
+"""`cdc-outbox doctor`: checks everything `run` needs, and says how to fix each thing that is wrong."""
 
 from collections import Counter
 from dataclasses import asdict
@@ -9,8 +9,8 @@ import orjson
 
 from cdc_outbox.cli.main import Settings
 from cdc_outbox.errors import CheckFailed
-from cdc_outbox.findings import Finding, State
-from cdc_outbox.service.doctor import examine
+from cdc_outbox.operations.doctor import run_checks
+from cdc_outbox.operations.findings import Finding, State
 
 _LOOK: Final[dict[State, tuple[str, str]]] = {
     "ok": ("ok", "green"),
@@ -23,13 +23,13 @@ _LOOK: Final[dict[State, tuple[str, str]]] = {
 @click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 @click.pass_obj
 def command(settings: Settings, *, as_json: bool) -> None:
-    """Check everything `run` needs, and say how to mend what is wrong.
+    """Check everything `run` needs, and say how to fix what is wrong.
 
     Looks only, but for a canary that it sends through a topic of its own, and makes if it is not there. Run it as the
     user, and from the machine, that `run` has. Exit code 4 if anything failed; a warning is no failure.
     """
     findings: list[Finding] = []
-    for finding in examine(settings.config):
+    for finding in run_checks(settings.config):
         findings.append(finding)
         if not as_json:
             _show(finding)
@@ -47,5 +47,5 @@ def _show(finding: Finding) -> None:
     click.echo(
         f"{click.style(f'{word:>7}', fg=color, bold=finding.state == 'failed')}  {finding.check}: {finding.found}"
     )
-    if finding.mend:
-        click.echo(f"         mend: {finding.mend}")
+    if finding.hint:
+        click.echo(f"         hint: {finding.hint}")

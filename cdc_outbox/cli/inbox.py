@@ -15,9 +15,9 @@ from cdc_outbox.cli.main import Settings
 from cdc_outbox.cli.terminal import portable, print_field, printable
 from cdc_outbox.errors import CheckFailed, ConfigurationError
 from cdc_outbox.inbox.table import beside
-from cdc_outbox.postgres import parked
+from cdc_outbox.operations import inbox_parked
+from cdc_outbox.operations.inbox_parked import Which
 from cdc_outbox.postgres.connection import Connection, connect
-from cdc_outbox.postgres.parked import Which
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _ASK_SECONDS: Final = 0.2
@@ -55,7 +55,7 @@ def list_(settings: Settings, /, *, all_too: bool, table: str, as_json: bool, **
     And how many of the same key wait behind each.
     """
     with _connection(settings, table) as connection:
-        rows = parked.find(connection, table, Which(**whose), all_too=all_too)
+        rows = inbox_parked.find(connection, table, Which(**whose), all_too=all_too)
     if as_json:
         click.echo(orjson.dumps([{**row, "key": portable(row["key"])} for row in rows]))
         return
@@ -75,7 +75,7 @@ def list_(settings: Settings, /, *, all_too: bool, table: str, as_json: bool, **
 def show(settings: Settings, /, *, table: str, as_json: bool, **which: Any) -> None:
     """Show one parked message, value and all."""
     with _connection(settings, table) as connection:
-        row = parked.get(connection, table, Which(**which))
+        row = inbox_parked.get(connection, table, Which(**which))
     if as_json:
         click.echo(orjson.dumps({**row, **{name: portable(row[name]) for name in ("key", "value")}}))
         return
@@ -102,7 +102,7 @@ def unpark(settings: Settings, /, *, table: str, timeout: timedelta, no_wait: bo
     """
     deadline = time.monotonic() + timeout.total_seconds()
     with _connection(settings, table) as connection:
-        asked = [parked.unpark(connection, table, each) for each in _named(connection, table, **which)]
+        asked = [inbox_parked.unpark(connection, table, each) for each in _named(connection, table, **which)]
         if no_wait:
             click.echo(f"asked for {len(asked)} to be handled again")
             return
@@ -121,7 +121,7 @@ def discard(settings: Settings, /, *, table: str, **which: Any) -> None:
     """Give parked messages up: they will never be handled. What waits behind them goes on."""
     with _connection(settings, table) as connection:
         for each in _named(connection, table, **which):
-            row = parked.discard(connection, table, each)
+            row = inbox_parked.discard(connection, table, each)
             click.echo(f"message {printable(repr(row['message_id']))} discarded")
 
 
@@ -132,22 +132,22 @@ def _named(
         raise ConfigurationError("name messages by their ids, or say --all")
     if not every:
         return [Which(message_id, **whose) for message_id in message_ids]
-    rows = parked.find(connection, table, Which(**whose), all_too=False)
+    rows = inbox_parked.find(connection, table, Which(**whose), all_too=False)
     named = [_which(row) for row in rows if row["state"] == "parked"]
     if not named:
         click.echo("nothing is parked" + (f"; {len(rows)} are being tried again" if rows else ""))
     return named
 
 
-def _which(row: parked.Row) -> Which:
+def _which(row: inbox_parked.Row) -> Which:
     return Which(row["message_id"], row["consumer"], row["source"])
 
 
-def _outcome(connection: Connection, table: str, asked: parked.Row, deadline: float) -> str:
+def _outcome(connection: Connection, table: str, asked: inbox_parked.Row, deadline: float) -> str:
     """Says what became of it; returns why that is not what was asked for."""
     name = printable(repr(asked["message_id"]))
     while True:
-        row = parked.get(connection, table, _which(asked))
+        row = inbox_parked.get(connection, table, _which(asked))
         if row["state"] in ("handled", "discarded"):
             click.echo(f"message {name} {row['state']}" + (f"; {asked['behind']} behind it" if asked["behind"] else ""))
             return ""
@@ -158,7 +158,7 @@ def _outcome(connection: Connection, table: str, asked: parked.Row, deadline: fl
         time.sleep(_ASK_SECONDS)
 
 
-def _show_row(row: parked.Row, width: int) -> None:
+def _show_row(row: inbox_parked.Row, width: int) -> None:
     """Three lines, not a line of a table: an id and an error are long, and both are needed whole."""
     behind = f", behind it: {row['behind']}" if row["behind"] else ""
     click.echo(f"{printable(row['message_id'])}  {row['state']} (attempts: {row['attempts']}{behind})")

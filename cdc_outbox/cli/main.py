@@ -1,7 +1,7 @@
 """The command line: global options, the verbs (one file each, loaded when called), and exit codes.
 
 Exit codes: 0 clean, 1 a bug of ours (with a traceback), 2 usage or configuration, 3 an operator is needed, 4 a check
-failed. A failure is one line on standard error that names the thing and how to mend it.
+failed. A failure is one line on standard error that names the thing and how to fix it.
 """
 
 import errno
@@ -27,7 +27,7 @@ _VERBS: Final = {
     "run": "Relay: tail the log, publish, confirm. Reconnects by itself.",
     "tail": "Print events as they commit; confirms nothing on the real slot.",
     "status": "Show slot, lag, readiness and last errors.",
-    "doctor": "Check everything `run` needs, and say how to mend what is wrong.",
+    "doctor": "Check everything `run` needs, and say how to fix what is wrong.",
     "prune": "Delete rows of the outbox that are known to be published.",
     "topics": "List the topics that events ask for; create those that are missing.",
     "dead-letters": "List, show, redrive or discard events that could not be published.",

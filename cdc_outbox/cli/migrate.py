@@ -9,8 +9,7 @@ from cdc_outbox.cli.main import Settings
 from cdc_outbox.config import Config
 from cdc_outbox.errors import ConfigurationError
 from cdc_outbox.inbox import schema
-from cdc_outbox.postgres import inbox as inbox_table
-from cdc_outbox.postgres import migrations
+from cdc_outbox.operations import inbox_tables, migrations
 from cdc_outbox.postgres.connection import Connection, connect
 
 _failover = click.option("--failover", is_flag=True, help="Make a slot that standbys take over (PostgreSQL 17+).")
@@ -87,7 +86,7 @@ def inbox_up(settings: Settings, *, table: str, partitioned: bool) -> None:
     _inbox_sql(table, partitioned=partitioned)  # before a database is looked for
     steps: list[str] = []
     with _connection(settings.config) as connection:
-        inbox_table.up(connection, table, partitioned=partitioned, report=steps.append)
+        inbox_tables.up(connection, table, partitioned=partitioned, report=steps.append)
     click.echo("\n".join(steps or ["nothing to do"]))
 
 

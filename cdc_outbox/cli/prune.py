@@ -9,9 +9,9 @@ from rich.progress import Progress
 
 from cdc_outbox.cli.duration import Duration
 from cdc_outbox.cli.main import Settings
+from cdc_outbox.operations.pruning import prune
 from cdc_outbox.postgres.catalog import find_table
 from cdc_outbox.postgres.connection import connect
-from cdc_outbox.postgres.pruning import prune
 from cdc_outbox.service.logs import say
 
 

@@ -16,10 +16,10 @@ from cdc_outbox.cli.duration import Duration
 from cdc_outbox.cli.main import Settings
 from cdc_outbox.cli.terminal import printable
 from cdc_outbox.config import Config
+from cdc_outbox.operations.dead_letters import count_waiting
+from cdc_outbox.operations.event_status import StuckRow, count_unknown, stuck_rows
 from cdc_outbox.postgres.catalog import find_table
 from cdc_outbox.postgres.connection import connect
-from cdc_outbox.postgres.dead_letters import count_waiting
-from cdc_outbox.postgres.event_status import StuckRow, count_unknown, stuck_rows
 from cdc_outbox.postgres.slots import Slot, check_slot
 from cdc_outbox.service.http import ask_readyz
 

@@ -11,8 +11,8 @@ from rich.text import Text
 from cdc_outbox.cli.main import Settings
 from cdc_outbox.cli.terminal import printable
 from cdc_outbox.errors import ConfigurationError
+from cdc_outbox.operations.topics import WantedTopic, create_topics, find_topics
 from cdc_outbox.service.logs import say
-from cdc_outbox.service.topics import WantedTopic, create_topics, find_topics
 
 _types = click.argument("aggregate_types", nargs=-1, metavar="[AGGREGATE_TYPE]...")
 

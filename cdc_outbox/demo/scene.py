@@ -10,7 +10,7 @@ from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 from psycopg import conninfo, sql
 
-from cdc_outbox.postgres import migrations
+from cdc_outbox.operations import migrations
 from cdc_outbox.postgres.connection import connect
 
 

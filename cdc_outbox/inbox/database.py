@@ -1,7 +1,7 @@
 """A consumer's side of its database: transactions on a connection that is made anew; and whose fault a failure is.
 
 A handler's error is the message's (HandlerFailed), a deadlock in it too; one of the database is nobody's and passes
-(TryLater); and what waiting does not mend is the caller's: it is raised as it is.
+(TryLater); and what waiting does not help is the caller's: it is raised as it is.
 """
 
 import logging
@@ -14,7 +14,7 @@ from cdc_outbox.inbox.message import Message
 from cdc_outbox.transactions import NoTransaction, sqlstate
 
 _log: Final = logging.getLogger(__name__)
-#: SQLSTATE classes that waiting does not mend: the inbox is not there, is another one, or may not be used.
+#: SQLSTATE classes that waiting does not help: the inbox is not there, is another one, or may not be used.
 _OF_THE_CALLER: Final = ("0A", "23", "42")
 _OF_THE_DATA: Final = "22"
 _UNDEFINED_TABLE: Final = "42P01"

@@ -17,7 +17,7 @@ _Partition: TypeAlias = tuple[str, int]
 _log: Final = logging.getLogger(__name__)
 _POLL_SECONDS: Final = 0.2
 _COMMIT_SECONDS: Final = 3.0
-#: What waiting does not mend.
+#: What waiting does not help.
 _OPERATOR: Final = frozenset(
     {
         KafkaError.TOPIC_AUTHORIZATION_FAILED,
@@ -158,7 +158,7 @@ def _first_offsets(messages: Iterable[Message]) -> dict[_Partition, int]:
 
 
 def _is_error(error: KafkaError | None) -> bool:
-    """Raises KafkaException for what waiting does not mend."""
+    """Raises KafkaException for what waiting does not help."""
     if error is None:
         return False
     _raise_if_operator(error)

@@ -19,6 +19,7 @@ from cdc_outbox.errors import (
     SlotInUse,
     SourceUnavailable,
 )
+from cdc_outbox.wal.encodings import Encoding, encoding_named
 
 Connection = psycopg.Connection[tuple[Any, ...]]
 
@@ -72,7 +73,7 @@ SLOT_HINTS: Final = {
     "42501": "ALTER ROLE ... REPLICATION, or as your provider says (GRANT rds_replication TO ...)",
 }
 
-#: Wordings of a refusal that no waiting will change, each with what mends it.
+#: Wordings of a refusal that no waiting will change, each with its hint.
 _REFUSALS: Final = (
     ("password authentication failed", "check the user and password in postgres.dsn, or PGPASSFILE"),
     ("no password supplied", "put a password into postgres.dsn, or use PGPASSFILE"),
@@ -219,6 +220,11 @@ def _given(dsn: str) -> dict[str, str]:
         for name in _DEFAULTS
         if (value := options[name].val) is not None and value != options[name].compiled
     }
+
+
+def encoding_of(connection: psycopg.Connection[Any]) -> Encoding:
+    """That of the database which it is to. The server reports it when it is connected to."""
+    return encoding_named(connection.info.parameter_status("server_encoding") or "")
 
 
 def without_secrets(dsn: str) -> str:

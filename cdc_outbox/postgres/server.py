@@ -10,7 +10,7 @@ from typing import Final
 
 from cdc_outbox.errors import SourceUnavailable
 from cdc_outbox.postgres.connection import Connection, translated
-from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.wal.lsn import LSN
 
 #: A standby writes no WAL of its own; its control file tells the timeline of what it replays.
 TIMELINE: Final = (

@@ -14,7 +14,7 @@ from psycopg import sql
 from cdc_outbox.errors import ConfigurationError, OperatorNeeded
 from cdc_outbox.postgres.catalog import server_major
 from cdc_outbox.postgres.connection import Connection, translated
-from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.wal.lsn import LSN
 
 FAILOVER_SINCE: Final = 17
 PLUGIN: Final = "pgoutput"

@@ -19,12 +19,19 @@ from psycopg import pq, sql
 from psycopg.errors import lookup as error_class
 
 from cdc_outbox.errors import CdcOutboxError, OperatorNeeded, SourceUnavailable
-from cdc_outbox.postgres.connection import SLOT_HINTS, connect, connect_replication, explain, first_line, translated
-from cdc_outbox.postgres.encodings import encoding_of
-from cdc_outbox.postgres.frames import standby_status_update
-from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.postgres.connection import (
+    SLOT_HINTS,
+    connect,
+    connect_replication,
+    encoding_of,
+    explain,
+    first_line,
+    translated,
+)
 from cdc_outbox.postgres.server import Server
 from cdc_outbox.postgres.slots import check_slot_name, slot_anew_hint
+from cdc_outbox.wal.frames import standby_status_update
+from cdc_outbox.wal.lsn import LSN
 
 #: Bounds how long a frozen relay keeps a standby waiting.
 _WAL_SENDER_TIMEOUT: Final = "10s"

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Final, Protocol
 
 from cdc_outbox.errors import PoisonEvent
-from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.relay.router import EventDescription, Record
+from cdc_outbox.wal.lsn import LSN
 
 #: An operator asks for a dead letter to be published again by a row in this table; its rows come through the log.
 REDRIVE_REQUESTS: Final = ("cdc_outbox", "redrive_request")

@@ -7,9 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, Final, Protocol
 
 from cdc_outbox.errors import CdcOutboxError, MalformedStream, OperatorNeeded, PoisonEvent
-from cdc_outbox.postgres import pgoutput
-from cdc_outbox.postgres.frames import MESSAGE_START, XLOG_DATA, read_keepalive
-from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.relay.dead_letters import (
     REDRIVE_REQUESTS,
     REDRIVEN_HEADER,
@@ -19,6 +16,10 @@ from cdc_outbox.relay.dead_letters import (
 )
 from cdc_outbox.relay.router import Record, Router, Routing
 from cdc_outbox.relay.watermark import Watermark
+from cdc_outbox.wal import pgoutput
+from cdc_outbox.wal.frames import MESSAGE_START, XLOG_DATA, read_keepalive
+from cdc_outbox.wal.lsn import LSN
+from cdc_outbox.wal.row_plan import InsertFunction, InsertReader, compile_insert_reader
 
 #: A batch is closed at the first transaction end at which it has this many events, or at which a read ends.
 #: Small enough that little is resent after a crash, large enough that its cost vanishes.
@@ -68,9 +69,9 @@ class Pipeline:
         self._dead_letters = dead_letters
         self._wait_for_room = wait_for_room
         #: by an Insert's head; None for tables that hold no events
-        self._plans: dict[bytes, pgoutput.InsertFunction | None] = {}
+        self._plans: dict[bytes, InsertFunction | None] = {}
         self._relations: dict[bytes, pgoutput.Relation] = {}
-        self._read_request: dict[bytes, pgoutput.InsertReader] = {}
+        self._read_request: dict[bytes, InsertReader] = {}
         #: what Inserts that nobody routes are answered with, where they must not pass
         self._refusals: dict[bytes, OperatorNeeded] = {}
         self._commit_time_ms = 0
@@ -271,7 +272,7 @@ class Pipeline:
             self._refusals[head] = refusal
         if (relation.namespace, relation.name) == REDRIVE_REQUESTS:
             try:
-                self._read_request[head] = pgoutput.compile_insert_reader(relation, _REQUEST_COLUMNS)
+                self._read_request[head] = compile_insert_reader(relation, _REQUEST_COLUMNS)
             except ValueError:
                 self._refusals[head] = OperatorNeeded(
                     f"a request in {relation} comes without one of its columns",

@@ -13,11 +13,12 @@ from dataclasses import field as dataclass_field
 from typing import Final, NamedTuple
 
 from cdc_outbox.errors import MalformedStream, OperatorNeeded, PoisonEvent
-from cdc_outbox.postgres.encodings import UTF8, Encoding
-from cdc_outbox.postgres.frames import MESSAGE_START
-from cdc_outbox.postgres.pgoutput import Relation, RowPlan, compile_insert_reader
 from cdc_outbox.relay.headers import HEADER_CODE, Headers, HeaderStyle, cloudevents_maker, own_headers
 from cdc_outbox.relay.topic_template import TopicTemplate
+from cdc_outbox.wal.encodings import UTF8, Encoding
+from cdc_outbox.wal.frames import MESSAGE_START
+from cdc_outbox.wal.pgoutput import Relation
+from cdc_outbox.wal.row_plan import RowPlan, compile_insert_reader
 
 #: What the relay needs of a row; `headers` and whatever else the topic template names come on top.
 REQUIRED_FIELDS: Final = ("id", "aggregate_id", "event_type", "payload")
@@ -254,7 +255,7 @@ class Router:
             try:
                 headers += own_headers(text)
             except PoisonEvent:
-                headers.append(("headers", text))  # kept as they are, for whoever mends them
+                headers.append(("headers", text))  # kept as they are, for whoever corrects them
         return EventDescription(
             event_id=_text(value("id")),
             aggregate_type=_text(value("aggregate_type")),

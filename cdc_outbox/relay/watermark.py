@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cdc_outbox.errors import BrokenInvariant
-from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.wal.lsn import LSN
 
 #: Called with a delivery report's error and message; raises what is to be done about it.
 OnFailure = Callable[[Any, Any], None]

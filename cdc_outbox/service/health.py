@@ -7,9 +7,9 @@ import time
 from typing import Any, Final, Literal
 
 from cdc_outbox.errors import CdcOutboxError
-from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
+from cdc_outbox.wal.lsn import LSN
 
 State = Literal["starting", "streaming", "standby", "waiting", "halted"]
 

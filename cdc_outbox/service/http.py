@@ -2,7 +2,7 @@
 
 The server reads snapshots only.
 
-Liveness never depends on Kafka or PostgreSQL: restarting the relay would mend neither.
+Liveness never depends on Kafka or PostgreSQL: a restart of the relay would fix neither.
 """
 
 import errno

@@ -11,8 +11,7 @@ from cdc_outbox.config import Config
 from cdc_outbox.errors import OperatorNeeded
 from cdc_outbox.postgres import catalog
 from cdc_outbox.postgres.catalog import Table
-from cdc_outbox.postgres.connection import Connection
-from cdc_outbox.postgres.encodings import encoding_of
+from cdc_outbox.postgres.connection import Connection, encoding_of
 from cdc_outbox.postgres.publication import SentTable, check_publication, wasteful
 from cdc_outbox.relay.router import Outbox, Router, Routing, Strays, check_payload_type, missing_field
 from cdc_outbox.relay.topic_template import TopicTemplate

@@ -11,7 +11,6 @@ from itertools import islice
 from typing import Final, Protocol
 
 from cdc_outbox.errors import BatchRefused, CdcOutboxError, OperatorNeeded, SourceUnavailable
-from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.relay.pipeline import Pipeline, Publisher
 from cdc_outbox.relay.router import Routing
@@ -20,6 +19,7 @@ from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
 from cdc_outbox.service.shutdown import Shutdown
 from cdc_outbox.service.state import SessionState
+from cdc_outbox.wal.lsn import LSN
 
 #: Under load requests fill for librdkafka's linger; when the input has run dry, a flush this long sends at once what
 #: lingers and usually sees it acknowledged. Shorter does not reach librdkafka's broker thread in time.

@@ -13,17 +13,17 @@ from typing import Final, Protocol
 
 from cdc_outbox.config import Config
 from cdc_outbox.errors import PoisonEvent, ServerStopping, TopicRefused
-from cdc_outbox.postgres import dead_letters
+from cdc_outbox.journal import dead_letters
+from cdc_outbox.journal.continuity import HEADROOM_BYTES, Continuity
+from cdc_outbox.journal.settlement import Settlement
 from cdc_outbox.postgres.connection import BoundedConnection
-from cdc_outbox.postgres.continuity import HEADROOM_BYTES, Continuity
-from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.publication import SentTable
-from cdc_outbox.postgres.settlement import Settlement
 from cdc_outbox.relay.dead_letters import DeadLetter, DeadLetters, RedriveRequest
 from cdc_outbox.relay.headers import Headers
 from cdc_outbox.relay.router import Record
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
+from cdc_outbox.wal.lsn import LSN
 
 _LONGEST_SHOWN: Final = 200
 #: While events flow the note is renewed so often, so that it tells much even after a crash.
@@ -207,7 +207,7 @@ def stopped_by(letter: DeadLetter) -> PoisonEvent:
         f"{_shown(event.topic)} can never be published: {letter.poison.message} "
         f"(event {letter.ordinal} of the transaction that commits at {letter.commit_lsn})",
         reason=letter.poison.reason,
-        hint=f'{letter.poison.hint or "mend what writes such rows"}; or set relay.on_poison = "dead-letter"',
+        hint=f'{letter.poison.hint or "correct what writes such rows"}; or set relay.on_poison = "dead-letter"',
     )
 
 

@@ -25,11 +25,10 @@ from cdc_outbox.errors import (
     UnavailableError,
 )
 from cdc_outbox.extras import install_hint
+from cdc_outbox.journal.continuity import Continuity
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.postgres.connection import BoundedConnection, Connection, connect_bounded
-from cdc_outbox.postgres.continuity import Continuity
-from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.monitor import Monitor
 from cdc_outbox.postgres.publication import SentTable
 from cdc_outbox.postgres.server import check_same_server
@@ -46,6 +45,7 @@ from cdc_outbox.service.preflight import Route, check_outbox, prepare_route
 from cdc_outbox.service.session import Session
 from cdc_outbox.service.shutdown import Shutdown, ShutdownRequested
 from cdc_outbox.service.state import RelayState, SessionState, Stateless
+from cdc_outbox.wal.lsn import LSN
 
 #: How often a standby asks for the slot.
 _STANDBY_SECONDS: Final = 0.5
@@ -88,7 +88,7 @@ class Supervisor:
         self._next_publisher: Publisher | None = self._make_publisher()
 
     def run(self) -> None:
-        """Returns when a shutdown was requested; raises what only an operator can mend."""
+        """Returns when a shutdown was requested; raises what only an operator can fix."""
         self._shutdown.install()
         if address := self._config.http.address():
             HttpServer(address, self._health, self._metrics).start()
@@ -192,10 +192,10 @@ class Supervisor:
                 walsender_pid=stream.backend_pid,
             )
         trouble = "schema cdc_outbox is not installed, or this role has no right to it"
-        mend = "run `cdc-outbox migrate up`, and GRANT cdc_outbox_relay to a role of your own"
+        hint = "run `cdc-outbox migrate up`, and GRANT cdc_outbox_relay to a role of your own"
         if config.relay.on_poison == "dead-letter":
-            raise OperatorNeeded(f'relay.on_poison = "dead-letter", but {trouble}', hint=mend)
-        self._log.warning("gaps_not_noticed", reason=f"{trouble}: a slot made anew would not be noticed", hint=mend)
+            raise OperatorNeeded(f'relay.on_poison = "dead-letter", but {trouble}', hint=hint)
+        self._log.warning("gaps_not_noticed", reason=f"{trouble}: a slot made anew would not be noticed", hint=hint)
         return Stateless()
 
     def _recover(self, error: UnavailableError) -> None:

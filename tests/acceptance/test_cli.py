@@ -185,4 +185,4 @@ def test_doctor(world: World) -> None:
     assert done.error == f"error: 1 of {len(document['findings'])} checks failed"
     failed = [finding for finding in document["findings"] if finding["state"] == "failed"]
     assert [finding["check"] for finding in failed] == ["publication"]
-    assert failed[0]["mend"].endswith("then run: cdc-outbox migrate up")
+    assert failed[0]["hint"].endswith("then run: cdc-outbox migrate up")

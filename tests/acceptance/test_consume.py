@@ -268,7 +268,7 @@ def test_of_django(topic: Topic) -> None:
 
 class TestPoison:
     def test_it_stops_the_loop(self, topic: Topic) -> None:
-        """After as many attempts as asked for, with all before it done; and goes on when the handler is mended."""
+        """After as many attempts as asked for, with all before it done; and goes on when the handler is fixed."""
         topic.produce("1", "2", "3")
         with pytest.raises(PoisonMessage, match=r"message '2' at .*\[0\]@1: ValueError\('2 cannot be taken'\)") as told:
             topic.run(failing(topic, "2"), attempts=3)

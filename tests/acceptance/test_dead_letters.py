@@ -157,7 +157,7 @@ def test_redrive(poisoned: World, start_relay: StartRelay) -> None:
     redrive(world, 1)
     (letter,) = dead_letters(world)
     assert (letter["state"], letter["attempts"]) == ("open", 2)
-    # mended
+    # fixed
     aggregate_type = world.create_topic()
     before = world.insert(aggregate_type)
     redrive(world, 1, "--topic", f"outbox.{aggregate_type}")

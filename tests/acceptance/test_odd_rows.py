@@ -15,7 +15,7 @@ from psycopg import sql
 
 from acceptance.conftest import StartRelay
 from cdc_outbox.demo.relay import RelayProcess
-from cdc_outbox.postgres.encodings import _CODECS
+from cdc_outbox.wal.encodings import _CODECS
 from support import command
 from support.waiting import wait_until
 from support.world import World, create_topic, headers_of, make_world

@@ -49,7 +49,7 @@ def test_what_is_wrong_is_said_in_one_line_with_its_exit_code(world: World) -> N
         done = command.run({**world.environment, **settings}, "run")
         assert done.exit_code == exit_code, (name, done)
         assert named in done.error, name
-        assert " -- " in done.error or exit_code == 2, f"{name}: how to mend it"
+        assert " -- " in done.error or exit_code == 2, f"{name}: how to fix it"
         everything = done.out + done.err
         assert "Traceback" not in everything
         assert SECRET not in everything
@@ -65,7 +65,7 @@ def test_a_topic_missing_for_a_row_stops_before_it_and_loses_nothing(world: Worl
     assert done.exit_code == 3
     assert f"topic outbox.{missing} does not exist" in done.error
     assert "kafka.create_topics" in done.error
-    # mended, it goes on where it stopped
+    # fixed, it goes on where it stopped
     start_relay(CDC_OUTBOX_KAFKA__CREATE_TOPICS="true")
     world.wait_until_confirmed()
     assert good in delivered_ids(world, aggregate_type, 1)

@@ -15,7 +15,7 @@ def doctor(world: World) -> dict[str, tuple[str, str]]:
     findings = sorted(
         json.loads(done.out)["findings"], key=lambda finding: ["ok", "warning", "failed"].index(finding["state"])
     )
-    return {finding["check"]: (f"{finding['state']}: {finding['found']}", finding["mend"]) for finding in findings}
+    return {finding["check"]: (f"{finding['state']}: {finding['found']}", finding["hint"]) for finding in findings}
 
 
 def refused(world: World, said: str, hint: str) -> None:
@@ -24,10 +24,10 @@ def refused(world: World, said: str, hint: str) -> None:
     assert done.exit_code == 3
     assert said in done.error
     assert hint in done.error
-    found, mend = doctor(world)["publication"]
+    found, told = doctor(world)["publication"]
     assert f"failed: {found.removeprefix('failed: ')}" == found
     assert said in found
-    assert hint in mend
+    assert hint in told
 
 
 def test_a_column_list_without_headers(old_and_new_world: World) -> None:

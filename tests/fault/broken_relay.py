@@ -7,8 +7,8 @@ from typing import Any
 
 from cdc_outbox.cli.main import main
 from cdc_outbox.kafka.publisher import Publisher
-from cdc_outbox.postgres import pgoutput
 from cdc_outbox.relay.watermark import Batch, Watermark
+from cdc_outbox.wal import pgoutput
 
 Publish = Callable[..., None]
 
@@ -64,7 +64,7 @@ def swaps_two_events_of_a_key() -> None:
 
 
 def confirms_a_rows_lsn() -> None:
-    """Something inside the transaction, instead of its end; the idle rule mends that only when events are rare."""
+    """Something inside the transaction, instead of its end; the idle rule hides that only when events are rare."""
     read_commit, advance_idle = pgoutput.read_commit, Watermark.advance_idle
     committed_at = 0.0
 

@@ -193,7 +193,7 @@ def test_the_doctor_names_the_right_that_is_missing(stage: Stage) -> None:
     assert seen
     assert seen["state"] == "failed"
     assert f"outbox.{stage.world.name}" in seen["found"]
-    assert "--operation Write" in seen["mend"]
+    assert "--operation Write" in seen["hint"]
 
 
 def test_wrong_password(stage: Stage) -> None:

@@ -11,7 +11,7 @@ from psycopg import conninfo
 
 from cdc_outbox.demo.postgres import EmbeddedPostgres
 from cdc_outbox.demo.stack import running, server_folder
-from cdc_outbox.postgres import migrations
+from cdc_outbox.operations import migrations
 from cdc_outbox.postgres.connection import connect
 from fault.stage import Stage, peak_rss_mb, reconnected
 from support import command

@@ -6,10 +6,10 @@ from contextlib import contextmanager, nullcontext
 import pytest
 
 from cdc_outbox.errors import OperatorNeeded, SourceUnavailable
+from cdc_outbox.journal.continuity import HEADROOM_BYTES, Continuity
 from cdc_outbox.postgres.connection import connect
-from cdc_outbox.postgres.continuity import HEADROOM_BYTES, Continuity
-from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.stream import ReplicationStream
+from cdc_outbox.wal.lsn import LSN
 from support.waiting import wait_until
 from support.world import World
 

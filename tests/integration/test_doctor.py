@@ -17,10 +17,10 @@ from psycopg import conninfo
 from cdc_outbox.config import Config
 from cdc_outbox.demo.postgres import EmbeddedPostgres
 from cdc_outbox.demo.stack import running, server_folder
-from cdc_outbox.findings import Finding
+from cdc_outbox.operations.doctor import run_checks
+from cdc_outbox.operations.findings import Finding
+from cdc_outbox.operations.postgres_checks import clock_finding
 from cdc_outbox.postgres.connection import connect
-from cdc_outbox.postgres.examination import examine_clock
-from cdc_outbox.service.doctor import examine
 from support.waiting import wait_until
 from support.world import World, create_topic, make_world, read_topic
 
@@ -36,7 +36,7 @@ def doctor(world: World, *, dsn: str = "", outbox: Any = None, **kafka: Any) -> 
         outbox=outbox or {},
         canary={"topic": canary_topic(world)},
     )
-    return list(examine(config))
+    return list(run_checks(config))
 
 
 def canary_topic(world: World) -> str:
@@ -48,10 +48,10 @@ def said(findings: list[Finding], state: str, *words: str) -> Finding:
     matching = [
         finding
         for finding in findings
-        if finding.state == state and all(word in f"{finding.check} {finding.found} {finding.mend}" for word in words)
+        if finding.state == state and all(word in f"{finding.check} {finding.found} {finding.hint}" for word in words)
     ]
     assert len(matching) == 1, findings
-    assert state == "ok" or matching[0].mend
+    assert state == "ok" or matching[0].hint
     return matching[0]
 
 
@@ -114,7 +114,7 @@ def test_all_is_well(every_world: World) -> None:
 
 
 def test_a_round_trip_that_cannot_be_tried(world: World) -> None:
-    said(doctor(world), "warning", "round trip not tried", "mend what failed")
+    said(doctor(world), "warning", "round trip not tried", "fix what failed")
     world.migrate()
     world.settings["CDC_OUTBOX_CANARY__TOPIC"] = f"{world.name}.canary"
     said(doctor(world), "ok", "round trip", canary_topic(world))
@@ -122,7 +122,7 @@ def test_a_round_trip_that_cannot_be_tried(world: World) -> None:
 
 
 def test_a_canary_that_does_not_arrive(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdc_outbox.service.round_trip._PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr("cdc_outbox.operations.round_trip._PATIENCE_SECONDS", 1.0)
     world.migrate()
     create_topic(world.bootstrap_servers, canary_topic(world))
     said(doctor(world), "ok", "round trip")
@@ -135,7 +135,7 @@ def test_a_canary_that_does_not_arrive(world: World, monkeypatch: pytest.MonkeyP
 
 
 def test_a_round_trip_behind_a_transaction_that_does_not_end(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cdc_outbox.service.round_trip._SLOT_SECONDS", 1)
+    monkeypatch.setattr("cdc_outbox.operations.round_trip._SLOT_SECONDS", 1)
     world.migrate()
     create_topic(world.bootstrap_servers, canary_topic(world))
     with psycopg.connect(world.dsn) as long_running:
@@ -359,9 +359,9 @@ def _receive(source: socket.socket) -> bytes:
 
 def test_clocks_that_disagree(world: World) -> None:
     with connect(world.dsn) as connection:
-        assert examine_clock(connection, time.time).state == "ok"
+        assert clock_finding(connection, time.time).state == "ok"
         for offset in (-5, 5):
-            finding = examine_clock(connection, lambda by=offset: time.time() + by)
+            finding = clock_finding(connection, lambda by=offset: time.time() + by)
             assert finding.state == "warning"
             assert "5.0 s apart" in finding.found
 

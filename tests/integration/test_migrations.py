@@ -9,9 +9,10 @@ from psycopg import conninfo, sql
 
 from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.errors import ConfigurationError, OperatorNeeded
-from cdc_outbox.postgres import catalog, migrations
+from cdc_outbox.operations import migrations
+from cdc_outbox.operations.migrations import Target
+from cdc_outbox.postgres import catalog
 from cdc_outbox.postgres.connection import connect
-from cdc_outbox.postgres.migrations import Target
 from cdc_outbox.postgres.publication import check_publication, wasteful
 from cdc_outbox.postgres.server import check_same_server
 from cdc_outbox.postgres.slots import FAILOVER_SINCE, check_slot, find_slot

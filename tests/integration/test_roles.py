@@ -6,7 +6,7 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
-from cdc_outbox.postgres.migrations import load_migrations
+from cdc_outbox.operations.migrations import load_migrations
 from support import command
 from support.world import World
 

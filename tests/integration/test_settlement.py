@@ -10,16 +10,17 @@ from psycopg import conninfo
 
 from cdc_outbox.config import ColumnsConfig, Config
 from cdc_outbox.errors import OperatorNeeded
-from cdc_outbox.postgres import catalog, migrations, pruning
+from cdc_outbox.journal.continuity import Continuity
+from cdc_outbox.journal.settlement import Settlement
+from cdc_outbox.operations import migrations, pruning
+from cdc_outbox.operations.event_status import StuckRow, stuck_rows
+from cdc_outbox.postgres import catalog
 from cdc_outbox.postgres.connection import BoundedConnection, connect, connect_bounded
-from cdc_outbox.postgres.continuity import Continuity
-from cdc_outbox.postgres.event_status import StuckRow, stuck_rows
-from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.publication import check_publication
-from cdc_outbox.postgres.settlement import Settlement
 from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.service.metrics import Metrics
 from cdc_outbox.service.state import RelayState
+from cdc_outbox.wal.lsn import LSN
 from support.waiting import wait_until
 from support.world import World
 
@@ -31,8 +32,8 @@ COLUMNS = "(id text, aggregate_type text, aggregate_id text, event_type text, pa
 
 def let_updates_count_after(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
     for name in ("settlement.COUNTED_SECONDS", "snapshots.COUNTED_SECONDS"):
-        monkeypatch.setattr(f"cdc_outbox.postgres.{name}", seconds)
-    monkeypatch.setattr("cdc_outbox.postgres.snapshots._REPORTED_SECONDS", min(seconds, 1))
+        monkeypatch.setattr(f"cdc_outbox.journal.{name}", seconds)
+    monkeypatch.setattr("cdc_outbox.journal.snapshots._REPORTED_SECONDS", min(seconds, 1))
 
 
 @pytest.fixture(autouse=True)
@@ -310,7 +311,7 @@ def stream(migrated: World) -> Iterator[ReplicationStream]:
 def test_what_was_settled_while_a_snapshot_waited_is_noted_too(
     migrated: World, bounded: BoundedConnection, stream: ReplicationStream, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cdc_outbox.postgres.settlement._TAKE_EVERY_SECONDS", 0)
+    monkeypatch.setattr("cdc_outbox.journal.settlement._TAKE_EVERY_SECONDS", 0)
     continuity = Continuity(migrated.slot)
     confirmed = migrated.confirmed_lsn()
     continuity.check(migrated.db, stream.identify())
@@ -796,7 +797,7 @@ def test_a_partition_that_was_made_while_nothing_happened(every_world: World, mo
     world.migrate(publication="parted")
     session = settlement(world)
     settle(session, world)
-    monkeypatch.setattr("cdc_outbox.postgres.settlement._LOOK_EVERY_SECONDS", 0)
+    monkeypatch.setattr("cdc_outbox.journal.settlement._LOOK_EVERY_SECONDS", 0)
     world.db.execute("CREATE TABLE outbox_new PARTITION OF outbox DEFAULT")
     for _ in range(2):
         session._take_at = 0

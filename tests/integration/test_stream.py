@@ -4,9 +4,10 @@ import psycopg
 import pytest
 
 from cdc_outbox.errors import ConfigurationError, OperatorNeeded, SlotInUse, SourceUnavailable
-from cdc_outbox.postgres import pgoutput
-from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.stream import ReplicationStream
+from cdc_outbox.wal import pgoutput
+from cdc_outbox.wal.lsn import LSN
+from cdc_outbox.wal.row_plan import compile_insert_reader
 from support import golden
 from support.waiting import wait_until
 from support.world import World, make_world
@@ -32,7 +33,7 @@ def with_events(frames: list[bytes]) -> int:
 
 def ids(frames: list[bytes]) -> list[bytes]:
     relation = next(pgoutput.read_relation(frame) for frame in frames if frame[25:26] == b"R")
-    read = pgoutput.compile_insert_reader(relation, ["aggregate_id"])
+    read = compile_insert_reader(relation, ["aggregate_id"])
     return [read(frame)[0] for frame in frames if frame[25:26] == b"I"]
 
 
@@ -80,7 +81,7 @@ def test_golden_bytes_are_still_what_this_server_sends(every_world: World) -> No
     inserts = [frame for frame in frames if frame[25:26] == b"I"]
     relations = [pgoutput.read_relation(frame) for frame in frames if frame[25:26] == b"R"]
     assert [len(relation.columns) for relation in relations] == [8, 9]
-    read = pgoutput.compile_insert_reader(relations[0], ["raw", "at"])
+    read = compile_insert_reader(relations[0], ["raw", "at"])
     assert read(inserts[0]) == (b"\\xdeadbeef", b"2024-02-29 12:00:00.5+00")
 
 
@@ -161,7 +162,7 @@ def test_a_large_row_comes_whole(every_world: World) -> None:
         frames = read_until_commits(stream, 1)
         relation = next(pgoutput.read_relation(frame) for frame in frames if frame[25:26] == b"R")
         (insert,) = [frame for frame in frames if frame[25:26] == b"I"]
-        assert pgoutput.compile_insert_reader(relation, ["payload"])(insert) == (payload.encode(),)
+        assert compile_insert_reader(relation, ["payload"])(insert) == (payload.encode(),)
 
 
 @pytest.mark.parametrize(("encoding", "codec"), [("UTF8", "utf-8"), ("LATIN1", "latin-1"), ("EUC_JIS_2004", "utf-8")])

@@ -10,8 +10,8 @@ from pathlib import Path
 import psycopg
 
 from cdc_outbox.postgres.connection import connect
-from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.stream import ReplicationStream
+from cdc_outbox.wal.lsn import LSN
 from support.services import OTHER_POSTGRES, other_postgres_dsn, postgres_dsn
 from support.waiting import wait_until
 

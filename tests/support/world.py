@@ -15,9 +15,9 @@ from confluent_kafka.cimpl import NewTopic
 from psycopg import conninfo, sql
 
 from cdc_outbox.config import ColumnsConfig
-from cdc_outbox.postgres import migrations
+from cdc_outbox.operations import migrations
 from cdc_outbox.postgres.connection import connect
-from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.wal.lsn import LSN
 from support.waiting import wait_until
 
 PARTITIONS = 6

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc_outbox.errors import MalformedStream
-from cdc_outbox.postgres.frames import read_keepalive, standby_status_update
+from cdc_outbox.wal.frames import read_keepalive, standby_status_update
 from support import frames
 
 

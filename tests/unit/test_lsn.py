@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc_outbox.errors import MalformedStream
-from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.wal.lsn import LSN
 
 
 def test_prints_as_postgresql_does() -> None:

@@ -1,11 +1,11 @@
 import math
 import time
 
-from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.slots import Slot
 from cdc_outbox.relay.watermark import Batch
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.metrics import Metrics
+from cdc_outbox.wal.lsn import LSN
 
 #: What others' alert rules and dashboards depend on.
 CONTRACT = {

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc_outbox.errors import MalformedStream
-from cdc_outbox.postgres import pgoutput
-from cdc_outbox.postgres.pgoutput import Column, Relation
+from cdc_outbox.wal import pgoutput
+from cdc_outbox.wal.pgoutput import Column, Relation
+from cdc_outbox.wal.row_plan import compile_insert_reader
 from support import frames
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.json"), key=lambda path: int(path.stem))
@@ -44,7 +45,7 @@ def test_golden_inserts(golden: list[bytes]) -> None:
     inserts = with_tag(golden, b"I")
     assert [frame[pgoutput.INSERT_HEAD] == first.insert_head for frame in inserts] == [True] * 5 + [False]
     assert inserts[5][pgoutput.INSERT_HEAD] == second.insert_head
-    read = pgoutput.compile_insert_reader(first, ["Odd Name", "raw", "doc", "docb", "label", "at", "feeling", "id"])
+    read = compile_insert_reader(first, ["Odd Name", "raw", "doc", "docb", "label", "at", "feeling", "id"])
     assert read(inserts[0]) == (
         str(uuid.UUID("11111111-2222-3333-4444-555555555555")).encode(),
         b"\\xdeadbeef",
@@ -57,7 +58,7 @@ def test_golden_inserts(golden: list[bytes]) -> None:
     )
     assert [read(frame) for frame in inserts[1:4]] == [(None,) * 7 + (number,) for number in (b"2", b"3", b"4")]
     assert read(inserts[4])[2] == b'{"long" : "' + b"x" * 20000 + b'"}'
-    assert pgoutput.compile_insert_reader(second, ["extra", "id"])(inserts[5]) == (b"7", b"6")
+    assert compile_insert_reader(second, ["extra", "id"])(inserts[5]) == (b"7", b"6")
 
 
 def test_golden_transactions(golden: list[bytes]) -> None:
@@ -91,7 +92,7 @@ def test_arbitrary_bytes_give_a_value_or_the_one_error(data: bytes) -> None:
         pgoutput.read_begin,
         pgoutput.read_commit,
         pgoutput.read_relation,
-        pgoutput.compile_insert_reader(TABLE, ["c", "a"]),
+        compile_insert_reader(TABLE, ["c", "a"]),
     ):
         try:
             read(frame)
@@ -106,7 +107,7 @@ values = st.lists(st.none() | st.binary(max_size=300), min_size=3, max_size=3)
 def test_what_was_inserted_is_read(row: list[bytes | None]) -> None:
     frame = frames.insert(7, row)
     assert frame[pgoutput.INSERT_HEAD] == TABLE.insert_head
-    assert pgoutput.compile_insert_reader(TABLE, ["c", "a"])(frame) == (row[2], row[0])
+    assert compile_insert_reader(TABLE, ["c", "a"])(frame) == (row[2], row[0])
 
 
 #: values of few lengths, some of which look like the head of another
@@ -115,7 +116,7 @@ lookalikes = st.none() | st.sampled_from([b"", b"n", b"t", b"tt", b"t\0\0\0\1t"]
 
 @given(st.lists(st.lists(lookalikes, min_size=3, max_size=3), max_size=20))
 def test_rows_of_one_length_may_be_laid_out_differently(rows: list[list[bytes | None]]) -> None:
-    read = pgoutput.compile_insert_reader(TABLE, ["c", "a"])
+    read = compile_insert_reader(TABLE, ["c", "a"])
     assert [read(frames.insert(7, row)) for row in rows] == [(row[2], row[0]) for row in rows]
 
 
@@ -123,7 +124,7 @@ def test_rows_of_one_length_may_be_laid_out_differently(rows: list[list[bytes | 
 def test_an_insert_cut_short_or_with_something_behind_is_refused(row: list[bytes | None], data: st.DataObject) -> None:
     frame = frames.insert(7, row)
     cut = data.draw(st.integers(33, len(frame) - 1))
-    read = pgoutput.compile_insert_reader(TABLE, ["a"])
+    read = compile_insert_reader(TABLE, ["a"])
     read(frame)
     for wrong in (frame[:cut], frame + b"!"):
         with pytest.raises(MalformedStream):
@@ -134,7 +135,7 @@ def test_an_insert_cut_short_or_with_something_behind_is_refused(row: list[bytes
 def test_a_value_of_unknown_kind_is_refused_by_name(kind: bytes) -> None:
     frame = frames.insert(7, [b"1", None, None]).replace(b"t", kind, 1)
     with pytest.raises(MalformedStream, match=r"public\.t: column a"):
-        pgoutput.compile_insert_reader(TABLE, ["b"])(frame)
+        compile_insert_reader(TABLE, ["b"])(frame)
 
 
 @given(

@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping
 import pytest
 
 from cdc_outbox.errors import ConfigurationError, MalformedStream, OperatorNeeded, PoisonEvent
-from cdc_outbox.postgres.encodings import Encoding
-from cdc_outbox.postgres.pgoutput import Column, Relation
 from cdc_outbox.relay.headers import HeaderStyle
 from cdc_outbox.relay.router import Outbox, Record, Router, Strays
 from cdc_outbox.relay.topic_template import TopicTemplate
+from cdc_outbox.wal.encodings import Encoding
+from cdc_outbox.wal.pgoutput import Column, Relation
 from support import frames
 
 JSON, JSONB, TEXT, BYTEA, UUID, TIMESTAMPTZ = 114, 3802, 25, 17, 2950, 1184

@@ -1,6 +1,6 @@
 """Which of the last snapshots can be told from: what had to end has ended, what had to be counted is counted."""
 
-from cdc_outbox.postgres.snapshots import COUNTED_SECONDS, Snapshot, Snapshots
+from cdc_outbox.journal.snapshots import COUNTED_SECONDS, Snapshot, Snapshots
 
 NOBODY: frozenset[str] = frozenset()
 

@@ -15,12 +15,12 @@ from typing import Any, Final
 from psycopg import sql
 
 from cdc_outbox.errors import SourceUnavailable
+from cdc_outbox.journal.coverage import Coverage, Covered, SentHeap, extend, sent_heaps
+from cdc_outbox.journal.snapshots import COUNTED_SECONDS, Snapshot, Snapshots
 from cdc_outbox.postgres.catalog import server_major
 from cdc_outbox.postgres.connection import Connection, translated
-from cdc_outbox.postgres.coverage import Coverage, Covered, SentHeap, extend, sent_heaps
-from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.publication import SentTable
-from cdc_outbox.postgres.snapshots import COUNTED_SECONDS, Snapshot, Snapshots
+from cdc_outbox.wal.lsn import LSN
 
 _TAKE_EVERY_SECONDS: Final = 1.0
 #: How often an idle relay looks at what is sent: a partition that was made in the meantime.

@@ -1,4 +1,4 @@
-"""The examination of Kafka: broker, topics, what they take and how safely, our rights; as findings for the doctor."""
+"""What `doctor` checks of Kafka: broker, topics, what they take and how safely, our rights."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, Final
@@ -9,8 +9,8 @@ from confluent_kafka.admin._acl import AclOperation
 from confluent_kafka.admin._config import ConfigResource
 from confluent_kafka.admin._resource import ResourceType
 
-from cdc_outbox.findings import Finding, Findings, looked_at
 from cdc_outbox.kafka.publisher import MISSING_TOPIC_HINT, Publisher
+from cdc_outbox.operations.findings import Finding, Findings, checked
 
 _REQUEST_SECONDS: Final = 5.0
 #: librdkafka's own defaults, for keys that are not set.
@@ -20,7 +20,7 @@ _SAFE_REPLICAS: Final = 2
 _NAMED: Final = 3
 
 
-def examine_broker(publisher: Publisher, fits: Callable[[str], bool], *, create: bool) -> Findings:
+def broker_findings(publisher: Publisher, fits: Callable[[str], bool], *, create: bool) -> Findings:
     """``fits`` says which topics are the relay's; ``create``, whether it makes those that are missing."""
     topics: list[str] = []
 
@@ -29,7 +29,7 @@ def examine_broker(publisher: Publisher, fits: Callable[[str], bool], *, create:
         topics.extend(sorted(name for name in names if not name.startswith("__") and fits(name)))
         return "answers, and takes our credentials"
 
-    finding = looked_at("broker", reachable, mend="check kafka.bootstrap_servers, the broker's listeners, the network")
+    finding = checked("broker", reachable, hint="check kafka.bootstrap_servers, the broker's listeners, the network")
     yield finding
     if finding.state == "failed":
         return
@@ -39,13 +39,13 @@ def examine_broker(publisher: Publisher, fits: Callable[[str], bool], *, create:
         return
     admin = AdminClient(publisher.client_settings)
     try:
-        yield from _examine_topics(admin, topics)
-        yield from _examine_settings(admin, topics, publisher.client_settings)
+        yield from _topic_findings(admin, topics)
+        yield from _setting_findings(admin, topics, publisher.client_settings)
     except KafkaException as error:
         yield Finding("topics", "warning", f"cannot be described: {error.args[0].str()}", "grant DESCRIBE on them")
 
 
-def _examine_topics(admin: AdminClient, topics: list[str]) -> Findings:
+def _topic_findings(admin: AdminClient, topics: list[str]) -> Findings:
     futures = admin.describe_topics(
         TopicCollection(topics), include_authorized_operations=True, request_timeout=_REQUEST_SECONDS
     )
@@ -64,8 +64,8 @@ def _examine_topics(admin: AdminClient, topics: list[str]) -> Findings:
         yield Finding("topics", "ok", found)
     shut = [name for name, topic in described.items() if not _may_write(topic.authorized_operations)]
     if shut:
-        mend = "kafka-acls.sh --add --allow-principal User:... --operation Write --topic ..."
-        yield Finding("rights to write", "failed", f"none to {_named(shut)}", mend)
+        hint = "kafka-acls.sh --add --allow-principal User:... --operation Write --topic ..."
+        yield Finding("rights to write", "failed", f"none to {_named(shut)}", hint)
     else:
         yield Finding("rights to write", "ok", "to all of them")
 
@@ -75,7 +75,7 @@ def _may_write(operations: Iterable[AclOperation] | None) -> bool:
     return operations is None or bool({AclOperation.WRITE, AclOperation.ALL} & set(operations))
 
 
-def _examine_settings(admin: AdminClient, topics: list[str], client: dict[str, Any]) -> Findings:
+def _setting_findings(admin: AdminClient, topics: list[str], client: dict[str, Any]) -> Findings:
     resources = [ConfigResource(ResourceType.TOPIC, name) for name in topics]
     futures = admin.describe_configs(resources, request_timeout=_REQUEST_SECONDS)
     settings = {

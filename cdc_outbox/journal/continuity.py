@@ -20,8 +20,8 @@ from psycopg import sql
 
 from cdc_outbox.errors import OperatorNeeded, SourceUnavailable
 from cdc_outbox.postgres.connection import Connection, explain, translated
-from cdc_outbox.postgres.lsn import LSN
 from cdc_outbox.postgres.server import TIMELINE, Server
+from cdc_outbox.wal.lsn import LSN
 
 #: How far ahead of what is confirmed the limit is noted: one small write for so many bytes of WAL.
 HEADROOM_BYTES: Final = 16 * 1024 * 1024

@@ -1,4 +1,4 @@
-"""The examination of PostgreSQL: server, publication, slot, role and connection, each as findings for the doctor.
+"""What `doctor` checks of PostgreSQL: server, publication, slot, role and connection.
 
 What `run` itself insists on lies in `catalog` and is asked there; here is what only people need to know. Reads system
 views; changes nothing.
@@ -13,11 +13,11 @@ import orjson
 from psycopg import sql
 
 from cdc_outbox.errors import CdcOutboxError
-from cdc_outbox.findings import Finding, Findings, looked_at
+from cdc_outbox.journal.coverage import sent_heaps
+from cdc_outbox.operations.findings import Finding, Findings, checked
 from cdc_outbox.postgres import catalog
 from cdc_outbox.postgres.catalog import Table
 from cdc_outbox.postgres.connection import Connection, translated
-from cdc_outbox.postgres.coverage import sent_heaps
 from cdc_outbox.postgres.publication import SentTable, unrouted, wasteful
 from cdc_outbox.postgres.server import check_same_server
 from cdc_outbox.postgres.slots import check_slot, find_slot
@@ -39,14 +39,14 @@ _STATE_RIGHTS: Final = {
 }
 
 
-def examine_server(connection: Connection, slot: str) -> Findings:
+def server_findings(connection: Connection, slot: str) -> Findings:
     """Version, settings, and whether there is room for the slot and its walsender."""
 
     def version() -> str:
         catalog.check_server(connection)
         return f"PostgreSQL {connection.info.parameter_status('server_version')}, wal_level logical"
 
-    yield looked_at("server", version)
+    yield checked("server", version)
     least = _LEAST_MINOR.get(catalog.server_major(connection), 0)
     if connection.info.server_version < least:
         yield Finding(
@@ -63,14 +63,14 @@ def examine_server(connection: Connection, slot: str) -> Findings:
         " 'max_slot_wal_keep_size', 'idle_replication_slot_timeout')",
     )
     settings = dict(rows)
-    yield _examine_slots(connection, slot, int(settings["max_replication_slots"]))
-    yield _examine_walsenders(connection, int(settings["max_wal_senders"]))
-    yield _examine_wal_limit(int(settings["max_slot_wal_keep_size"]))
+    yield _free_slots(connection, slot, int(settings["max_replication_slots"]))
+    yield _free_walsenders(connection, int(settings["max_wal_senders"]))
+    yield _wal_limit(int(settings["max_slot_wal_keep_size"]))
     if catalog.server_major(connection) >= _IDLE_TIMEOUT_SINCE:
-        yield _examine_idle_timeout(int(settings["idle_replication_slot_timeout"]))
+        yield _idle_timeout(int(settings["idle_replication_slot_timeout"]))
 
 
-def _examine_slots(connection: Connection, slot: str, most: int) -> Finding:
+def _free_slots(connection: Connection, slot: str, most: int) -> Finding:
     used, is_there = _row(
         connection,
         "counting slots",
@@ -79,12 +79,12 @@ def _examine_slots(connection: Connection, slot: str, most: int) -> Finding:
     )
     found = f"{used} of {most} replication slots are used"
     if used >= most and not is_there:
-        mend = f"ALTER SYSTEM SET max_replication_slots = {most + 4}, and restart PostgreSQL"
-        return Finding("free slots", "failed", f"{found}, and {slot!r} is not among them", mend)
+        hint = f"ALTER SYSTEM SET max_replication_slots = {most + 4}, and restart PostgreSQL"
+        return Finding("free slots", "failed", f"{found}, and {slot!r} is not among them", hint)
     return Finding("free slots", "ok", found)
 
 
-def _examine_walsenders(connection: Connection, most: int) -> Finding:
+def _free_walsenders(connection: Connection, most: int) -> Finding:
     (used,) = _row(connection, "counting walsenders", "SELECT count(*) FROM pg_stat_replication")
     found = f"{used} of {most} walsenders are used"
     if used >= most:  # a standby needs one of its own while it waits
@@ -94,7 +94,7 @@ def _examine_walsenders(connection: Connection, most: int) -> Finding:
     return Finding("free walsenders", "ok", found)
 
 
-def _examine_wal_limit(megabytes: int) -> Finding:
+def _wal_limit(megabytes: int) -> Finding:
     if megabytes < 0:
         return Finding(
             "WAL kept for slots",
@@ -105,7 +105,7 @@ def _examine_wal_limit(megabytes: int) -> Finding:
     return Finding("WAL kept for slots", "ok", f"at most {megabytes} MB (max_slot_wal_keep_size)")
 
 
-def _examine_idle_timeout(seconds: int) -> Finding:
+def _idle_timeout(seconds: int) -> Finding:
     if seconds:
         return Finding(
             "idle slots",
@@ -116,7 +116,7 @@ def _examine_idle_timeout(seconds: int) -> Finding:
     return Finding("idle slots", "ok", "are kept (idle_replication_slot_timeout is 0)")
 
 
-def examine_publication(connection: Connection, check: Callable[[], SentTable], slot: str) -> Findings:
+def publication_findings(connection: Connection, check: Callable[[], SentTable], slot: str) -> Findings:
     """What is sent of the outbox, as ``check`` says, and whether what the slot has yet to read may be older than it."""
     try:
         sent = check()
@@ -126,8 +126,8 @@ def examine_publication(connection: Connection, check: Callable[[], SentTable], 
     publication = sent.publication
     yield Finding("publication", "ok", f"{publication.name!r} sends every row of {sent.table}, and the columns wanted")
     for waste in wasteful(publication):
-        mend = f"ALTER PUBLICATION {publication.identifier} SET (publish = 'insert')"
-        yield Finding("publication", "warning", waste, mend)
+        hint = f"ALTER PUBLICATION {publication.identifier} SET (publish = 'insert')"
+        yield Finding("publication", "warning", waste, hint)
     if others := unrouted(connection, sent):
         yield Finding(
             "other tables",
@@ -135,12 +135,12 @@ def examine_publication(connection: Connection, check: Callable[[], SentTable], 
             f"{publication.name!r} lists {', '.join(others)} besides: the first row of one ends the relay",
             f"if they hold no events: outbox.ignore_tables = {orjson.dumps(others).decode()}",
         )
-    yield from _examine_age(connection, sent, slot)
-    yield from _examine_updates(connection, sent, slot)
-    yield from _examine_partitioning(connection, sent)
+    yield from _publication_age(connection, sent, slot)
+    yield from _updates(connection, sent, slot)
+    yield from _partitioning(connection, sent)
 
 
-def _examine_age(connection: Connection, sent: SentTable, slot: str) -> Findings:
+def _publication_age(connection: Connection, sent: SentTable, slot: str) -> Findings:
     """Rows that are older than what is sent today may not come, and PostgreSQL 18 says nothing."""
     check, name = "publication's age", sent.publication.name
     try:
@@ -167,7 +167,7 @@ def _examine_age(connection: Connection, sent: SentTable, slot: str) -> Findings
         )
 
 
-def _examine_updates(connection: Connection, sent: SentTable, slot: str) -> Findings:
+def _updates(connection: Connection, sent: SentTable, slot: str) -> Findings:
     """Where rows may be there that were never sent, each update makes it unknown what became of what."""
     try:
         with translated("looking at what is told of rows"):
@@ -200,7 +200,7 @@ def _examine_updates(connection: Connection, sent: SentTable, slot: str) -> Find
         )
 
 
-def _examine_partitioning(connection: Connection, sent: SentTable) -> Findings:
+def _partitioning(connection: Connection, sent: SentTable) -> Findings:
     rows = _rows(
         connection,
         "looking at the partitioning",
@@ -216,7 +216,7 @@ def _examine_partitioning(connection: Connection, sent: SentTable) -> Findings:
         )
 
 
-def examine_slot(connection: Connection, slot: str) -> Findings:
+def slot_findings(connection: Connection, slot: str) -> Findings:
     """Whether it can be streamed from, how it stands, and who holds it."""
     try:
         found = check_slot(connection, slot)
@@ -263,7 +263,7 @@ def _standbys(connection: Connection) -> int:
     return int(count)
 
 
-def examine_role(connection: Connection, table: Table) -> Findings:
+def role_findings(connection: Connection, table: Table) -> Findings:
     """What the role lacks, and what it has beyond its needs."""
     name, is_superuser, can_replicate, more = _row(
         connection,
@@ -276,7 +276,7 @@ def examine_role(connection: Connection, table: Table) -> Findings:
     least = "let the relay connect as cdc_outbox_relay (sql/roles.sql)"
     if is_superuser:
         yield Finding("role", "warning", f"{name} is a superuser: the relay needs REPLICATION only", least)
-        yield _examine_schema(connection, quoted)
+        yield _relay_schema(connection, quoted)
         return
     if not can_replicate:
         yield Finding(
@@ -290,11 +290,11 @@ def examine_role(connection: Connection, table: Table) -> Findings:
     if more:
         drop = " ".join(f"NO{attribute}" for attribute in more)
         yield Finding("role's excess", "warning", f"{name} has {', '.join(more)}", f"ALTER ROLE {quoted} {drop}")
-    yield from _examine_reading(connection, quoted, table)
-    yield _examine_schema(connection, quoted)
+    yield from _excess_reading(connection, quoted, table)
+    yield _relay_schema(connection, quoted)
 
 
-def _examine_reading(connection: Connection, role: str, table: Table) -> Findings:
+def _excess_reading(connection: Connection, role: str, table: Table) -> Findings:
     qualified = table.identifier.as_string()
     (reads,) = _row(
         connection,
@@ -305,11 +305,11 @@ def _examine_reading(connection: Connection, role: str, table: Table) -> Finding
     )
     if reads:
         found = f"{role} may SELECT from {table}, which the relay never does"
-        mend = f"REVOKE SELECT ON {qualified} FROM {role}"  # noqa: S608 - shown, not run
-        yield Finding("role's excess", "warning", found, mend)
+        hint = f"REVOKE SELECT ON {qualified} FROM {role}"  # noqa: S608 - shown, not run
+        yield Finding("role's excess", "warning", found, hint)
 
 
-def _examine_schema(connection: Connection, role: str) -> Finding:
+def _relay_schema(connection: Connection, role: str) -> Finding:
     """The relay's own tables: there, and the role's to use."""
     check = "relay's schema"
     rights = {name: _has_rights(connection, name, wanted) for name, wanted in _STATE_RIGHTS.items()}
@@ -338,7 +338,7 @@ def _has_rights(connection: Connection, name: str, rights: str) -> bool | None:
     return bool(rows[0][0]) if rows else None
 
 
-def examine_connection(connection: Connection, dsn: str) -> Findings:
+def connection_findings(connection: Connection, dsn: str) -> Findings:
     """The way to the server: a pooler in it, the replication connection, the clocks."""
     (backend_pid,) = _row(connection, "asking for the backend", "SELECT pg_backend_pid()")
     if backend_pid != connection.info.backend_pid:
@@ -356,11 +356,11 @@ def examine_connection(connection: Connection, dsn: str) -> Findings:
             check_same_server(connection, stream.identify())
         return "allowed (pg_hba.conf, REPLICATION), and to the same server"
 
-    yield looked_at("replication connection", replication, mend="see pg_hba.conf and max_wal_senders on the server")
-    yield examine_clock(connection, time.time)
+    yield checked("replication connection", replication, hint="see pg_hba.conf and max_wal_senders on the server")
+    yield clock_finding(connection, time.time)
 
 
-def examine_clock(connection: Connection, now: Any) -> Finding:
+def clock_finding(connection: Connection, now: Any) -> Finding:
     """``now`` is our clock, Unix seconds. Latencies and the age of events are told from both."""
     asked = now()
     (theirs,) = _row(connection, "asking for the time", "SELECT extract(epoch FROM clock_timestamp())::float8")

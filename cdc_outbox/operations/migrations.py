@@ -19,7 +19,7 @@ from psycopg import sql
 from cdc_outbox import shipped_sql
 from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.errors import OperatorNeeded
-from cdc_outbox.postgres import continuity, settlement
+from cdc_outbox.journal import continuity, settlement
 from cdc_outbox.postgres.catalog import check_server, find_table, server_major
 from cdc_outbox.postgres.connection import READER, SLOT_HINTS, Connection, granting, translated
 from cdc_outbox.postgres.publication import check_publication, wasteful

@@ -1,23 +1,20 @@
-"""The table cdc_outbox.dead_letter: what the relay puts into it, and what an operator does about it.
+"""Dead letters, as an operator sees them and decides about them.
 
 Over any connection that has the rights (sql/0004_dead_letters.sql). A dead letter is *open* until it is *redriven* or
 *discarded*. An open one that somebody wants to be redriven, without an outcome yet, is shown as *redriving*; it can be
 asked for again all the same: a request may be lost with its slot.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, LiteralString
 
 import psycopg
-from psycopg import sql
 from psycopg.rows import dict_row
 
 from cdc_outbox.errors import ConfigurationError, OperatorNeeded
-from cdc_outbox.postgres.connection import MIGRATE_HINT, READER, BoundedConnection, Connection, granting, translated
-from cdc_outbox.postgres.lsn import LSN
+from cdc_outbox.postgres.connection import MIGRATE_HINT, READER, Connection, granting, translated
 
 Row = dict[str, Any]
 
@@ -48,50 +45,6 @@ class Filter:
     until: datetime | None = None
     #: those too about which all is done
     settled_too: bool = False
-
-
-def put(connection: BoundedConnection, columns: Mapping[str, Any]) -> bool:
-    """Keep an event; durable when it returns. False if it is there already: its identity is unique.
-
-    It never fails on what the event is: text that this database cannot hold is kept escaped, and a large one is given
-    the time that it takes.
-    """
-    statement = sql.SQL(
-        "INSERT INTO cdc_outbox.dead_letter ({}) VALUES ({})"
-        " ON CONFLICT (system_identifier, slot, commit_lsn, ordinal) DO NOTHING"
-    ).format(
-        sql.SQL(", ").join(map(sql.Identifier, columns)),
-        sql.SQL(", ").join(map(sql.Placeholder, columns)),
-    )
-    megabytes = len(columns["payload"] or b"") // 1_000_000
-    patience = connection.allowing(seconds=5 + megabytes) if megabytes else nullcontext()
-    with translated("writing to cdc_outbox.dead_letter"), patience:
-        try:
-            return connection.execute(statement, columns).rowcount == 1
-        except psycopg.DataError:
-            escaped = {name: _escaped(value) for name, value in columns.items()}
-            return connection.execute(statement, escaped).rowcount == 1
-
-
-def _escaped(value: Any) -> Any:
-    return value.encode("ascii", "backslashreplace").decode().replace("\0", "\\0") if isinstance(value, str) else value
-
-
-def settled_since(connection: Connection, system_identifier: str, slot: str, lsn: LSN) -> list[tuple[LSN, int]]:
-    """The identities (commit LSN, ordinal) of dead letters that the slot may send once more."""
-    with translated("reading cdc_outbox.dead_letter"):
-        rows = connection.execute(
-            "SELECT commit_lsn::text, ordinal FROM cdc_outbox.dead_letter"
-            " WHERE system_identifier = %s AND slot = %s AND commit_lsn >= %s::pg_lsn",
-            [system_identifier, slot, str(lsn)],
-        ).fetchall()
-    return [(LSN.parse(commit_lsn), ordinal) for commit_lsn, ordinal in rows]
-
-
-def to_redrive(connection: Connection, dead_letter_id: int) -> Row | None:
-    """What the relay needs to publish it again. Of its own table only: it has no right to that of the requests."""
-    rows = _select(connection, "state, topic, key, headers, payload", "WHERE id = %s", [dead_letter_id])
-    return rows[0] if rows else None
 
 
 def get(connection: Connection, dead_letter_id: int) -> Row | None:
@@ -155,34 +108,10 @@ def discard(connection: Connection, dead_letter_id: int, note: str) -> None:
     rights = granting(connection, READER, "SELECT, UPDATE ON cdc_outbox.dead_letter")
     with connection.transaction(), translated("discarding a dead letter", rights):
         _find_open(connection, dead_letter_id)
-        _change_state(connection, [dead_letter_id], "discarded", note=note)
-
-
-def has_outcome(connection: Connection, request_id: int) -> bool:
-    with translated("reading cdc_outbox.redrive_outcome"):
-        query = "SELECT FROM cdc_outbox.redrive_outcome WHERE request_id = %s"
-        return connection.execute(query, [request_id]).rowcount == 1
-
-
-def passed_over(connection: Connection, request_id: int, dead_letter_id: int) -> None:
-    with translated("recording that a redrive was passed over"):
-        _record(connection, {request_id: dead_letter_id}, "passed over")
-
-
-def redriven(connection: Connection, requests: Mapping[int, int]) -> None:
-    """Kafka has acknowledged what these requests (id to dead letter) asked for."""
-    with translated("recording a redrive"), connection.transaction():
-        _record(connection, requests, "redriven")
-        _change_state(connection, list(requests.values()), "redriven")
-
-
-def refused_again(connection: Connection, request_id: int, dead_letter_id: int, *, reason: str, detail: str) -> None:
-    with translated("recording a refused redrive"), connection.transaction():
-        _record(connection, {request_id: dead_letter_id}, "refused")
         connection.execute(
-            "UPDATE cdc_outbox.dead_letter SET attempts = attempts + 1, reason = %s, detail = %s,"
-            " state_changed_at = now(), state_changed_by = current_user WHERE id = %s AND state = 'open'",
-            [reason, detail, dead_letter_id],
+            "UPDATE cdc_outbox.dead_letter SET state = 'discarded', note = %s, state_changed_at = now(),"
+            " state_changed_by = current_user WHERE id = %s",
+            [note, dead_letter_id],
         )
 
 
@@ -230,23 +159,6 @@ def _find_open(connection: Connection, dead_letter_id: int) -> Row:
             hint=f"see: cdc-outbox dead-letters show {dead_letter_id}",
         )
     return letter
-
-
-def _record(connection: Connection, requests: Mapping[int, int], outcome: str) -> None:
-    connection.execute(
-        "INSERT INTO cdc_outbox.redrive_outcome (request_id, dead_letter_id, outcome)"
-        " SELECT request_id, dead_letter_id, %s FROM unnest(%s::bigint[], %s::bigint[]) AS of (request_id,"
-        " dead_letter_id) ON CONFLICT DO NOTHING",
-        [outcome, list(requests), list(requests.values())],
-    )
-
-
-def _change_state(connection: Connection, ids: Sequence[int], state: str, *, note: str | None = None) -> None:
-    connection.execute(
-        "UPDATE cdc_outbox.dead_letter SET state = %s, note = %s, state_changed_at = now(),"
-        " state_changed_by = current_user WHERE id = ANY(%s)",
-        [state, note, list(ids)],
-    )
 
 
 def _select(

@@ -11,20 +11,20 @@ State = Literal["ok", "warning", "failed"]
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """``mend`` is the exact command or setting that mends it; empty if there is nothing to mend."""
+    """``hint`` is the exact command or setting that fixes it; empty if there is nothing to fix."""
 
     check: str
     state: State
     found: str
-    mend: str = ""
+    hint: str = ""
 
 
-def looked_at(check: str, examine: Callable[[], str], *, mend: str = "") -> Finding:
-    """What ``examine`` returns is fine; an error of ours that it raises is what failed; ``mend`` if it has no hint."""
+def checked(check: str, look: Callable[[], str], *, hint: str = "") -> Finding:
+    """What ``look`` returns is fine; an error of ours that it raises is what failed; ``hint`` if it has none."""
     try:
-        return Finding(check, "ok", examine())
+        return Finding(check, "ok", look())
     except CdcOutboxError as error:
-        return Finding(check, "failed", error.message, error.hint or mend)
+        return Finding(check, "failed", error.message, error.hint or hint)
 
 
 #: Several findings, told as they are made.

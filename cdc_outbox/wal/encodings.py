@@ -9,7 +9,7 @@ Source: PostgreSQL manual, "Character Set Support".
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
 from cdc_outbox.errors import MalformedStream
 
@@ -51,6 +51,6 @@ class Encoding:
 UTF8: Final = Encoding()
 
 
-def encoding_of(connection: Any) -> Encoding:
-    """That of the database which a psycopg connection is to. The server tells it when it is connected to."""
-    return Encoding(_CODECS.get(connection.info.parameter_status("server_encoding") or ""))
+def encoding_named(server_encoding: str) -> Encoding:
+    """By PostgreSQL's name, as the server reports it when a connection is made (``server_encoding``)."""
+    return Encoding(_CODECS.get(server_encoding))

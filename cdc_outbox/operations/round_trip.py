@@ -11,9 +11,9 @@ from typing import Final
 
 from cdc_outbox.config import Config
 from cdc_outbox.errors import CdcOutboxError, OperatorNeeded
-from cdc_outbox.findings import Finding
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import Topics
+from cdc_outbox.operations.findings import Finding
 from cdc_outbox.postgres.canary import plant
 from cdc_outbox.postgres.connection import connect_bounded
 from cdc_outbox.postgres.stream import ReplicationStream

@@ -14,9 +14,9 @@ from typing import Final
 import psycopg
 from psycopg import sql
 
+from cdc_outbox.operations.event_status import known_published
 from cdc_outbox.postgres.catalog import Table
 from cdc_outbox.postgres.connection import READER, Connection, granting, translated
-from cdc_outbox.postgres.event_status import known_published
 
 #: 8 kB each: some thousands of rows in a transaction, a fraction of a second.
 _BLOCKS_AT_A_TIME: Final = 128

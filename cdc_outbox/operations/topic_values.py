@@ -10,8 +10,7 @@ from typing import Final
 from psycopg import sql
 
 from cdc_outbox.postgres.catalog import Table
-from cdc_outbox.postgres.connection import READER, Connection, granting, translated
-from cdc_outbox.postgres.encodings import encoding_of
+from cdc_outbox.postgres.connection import READER, Connection, encoding_of, granting, translated
 
 #: Of each column, None for NULL, in UTF-8; and how many rows hold them.
 Counted = tuple[tuple[bytes | None, ...], int]

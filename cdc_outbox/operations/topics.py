@@ -9,7 +9,7 @@ from cdc_outbox.config import Config
 from cdc_outbox.errors import ConfigurationError, PoisonEvent
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import REQUEST_SECONDS, create_topic
-from cdc_outbox.postgres import topic_values
+from cdc_outbox.operations import topic_values
 from cdc_outbox.postgres.catalog import find_table
 from cdc_outbox.postgres.connection import Connection, connect
 from cdc_outbox.relay.topic_template import TopicTemplate

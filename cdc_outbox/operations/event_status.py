@@ -13,8 +13,7 @@ from psycopg import sql
 
 from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.postgres.catalog import Table
-from cdc_outbox.postgres.connection import READER, Connection, granting, translated
-from cdc_outbox.postgres.encodings import encoding_of
+from cdc_outbox.postgres.connection import READER, Connection, encoding_of, granting, translated
 
 #: More rows than this nobody reads; the count says how many there are.
 _MOST_STUCK_SHOWN: Final = 100

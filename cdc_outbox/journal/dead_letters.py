@@ -1,0 +1,106 @@
+"""The table cdc_outbox.dead_letter as the relay writes it: events that no retry publishes, and what redrives led to.
+
+Over the relay's own connection; it has no right to what operators write (sql/0004_dead_letters.sql). What operators ask
+is in `operations.dead_letters`.
+"""
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any
+
+import psycopg
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from cdc_outbox.postgres.connection import BoundedConnection, Connection, translated
+from cdc_outbox.wal.lsn import LSN
+
+Row = dict[str, Any]
+
+
+def put(connection: BoundedConnection, columns: Mapping[str, Any]) -> bool:
+    """Keep an event; durable when it returns. False if it is there already: its identity is unique.
+
+    It never fails on what the event is: text that this database cannot hold is kept escaped, and a large one is given
+    the time that it takes.
+    """
+    statement = sql.SQL(
+        "INSERT INTO cdc_outbox.dead_letter ({}) VALUES ({})"
+        " ON CONFLICT (system_identifier, slot, commit_lsn, ordinal) DO NOTHING"
+    ).format(
+        sql.SQL(", ").join(map(sql.Identifier, columns)),
+        sql.SQL(", ").join(map(sql.Placeholder, columns)),
+    )
+    megabytes = len(columns["payload"] or b"") // 1_000_000
+    patience = connection.allowing(seconds=5 + megabytes) if megabytes else nullcontext()
+    with translated("writing to cdc_outbox.dead_letter"), patience:
+        try:
+            return connection.execute(statement, columns).rowcount == 1
+        except psycopg.DataError:
+            escaped = {name: _escaped(value) for name, value in columns.items()}
+            return connection.execute(statement, escaped).rowcount == 1
+
+
+def _escaped(value: Any) -> Any:
+    return value.encode("ascii", "backslashreplace").decode().replace("\0", "\\0") if isinstance(value, str) else value
+
+
+def settled_since(connection: Connection, system_identifier: str, slot: str, lsn: LSN) -> list[tuple[LSN, int]]:
+    """The identities (commit LSN, ordinal) of dead letters that the slot may send once more."""
+    with translated("reading cdc_outbox.dead_letter"):
+        rows = connection.execute(
+            "SELECT commit_lsn::text, ordinal FROM cdc_outbox.dead_letter"
+            " WHERE system_identifier = %s AND slot = %s AND commit_lsn >= %s::pg_lsn",
+            [system_identifier, slot, str(lsn)],
+        ).fetchall()
+    return [(LSN.parse(commit_lsn), ordinal) for commit_lsn, ordinal in rows]
+
+
+def to_redrive(connection: Connection, dead_letter_id: int) -> Row | None:
+    """What the relay needs to publish it again. Of its own table only: it has no right to that of the requests."""
+    with translated("reading cdc_outbox.dead_letter"):
+        cursor = connection.cursor(row_factory=dict_row)
+        return cursor.execute(
+            "SELECT state, topic, key, headers, payload FROM cdc_outbox.dead_letter WHERE id = %s", [dead_letter_id]
+        ).fetchone()
+
+
+def has_outcome(connection: Connection, request_id: int) -> bool:
+    with translated("reading cdc_outbox.redrive_outcome"):
+        query = "SELECT FROM cdc_outbox.redrive_outcome WHERE request_id = %s"
+        return connection.execute(query, [request_id]).rowcount == 1
+
+
+def passed_over(connection: Connection, request_id: int, dead_letter_id: int) -> None:
+    with translated("recording that a redrive was passed over"):
+        _record(connection, {request_id: dead_letter_id}, "passed over")
+
+
+def redriven(connection: Connection, requests: Mapping[int, int]) -> None:
+    """Kafka has acknowledged what these requests (id to dead letter) asked for."""
+    with translated("recording a redrive"), connection.transaction():
+        _record(connection, requests, "redriven")
+        connection.execute(
+            "UPDATE cdc_outbox.dead_letter SET state = 'redriven', note = NULL, state_changed_at = now(),"
+            " state_changed_by = current_user WHERE id = ANY(%s)",
+            [list(requests.values())],
+        )
+
+
+def refused_again(connection: Connection, request_id: int, dead_letter_id: int, *, reason: str, detail: str) -> None:
+    with translated("recording a refused redrive"), connection.transaction():
+        _record(connection, {request_id: dead_letter_id}, "refused")
+        connection.execute(
+            "UPDATE cdc_outbox.dead_letter SET attempts = attempts + 1, reason = %s, detail = %s,"
+            " state_changed_at = now(), state_changed_by = current_user WHERE id = %s AND state = 'open'",
+            [reason, detail, dead_letter_id],
+        )
+
+
+def _record(connection: Connection, requests: Mapping[int, int], outcome: str) -> None:
+    connection.execute(
+        "INSERT INTO cdc_outbox.redrive_outcome (request_id, dead_letter_id, outcome)"
+        " SELECT request_id, dead_letter_id, %s FROM unnest(%s::bigint[], %s::bigint[]) AS of (request_id,"
+        " dead_letter_id) ON CONFLICT DO NOTHING",
+        [outcome, list(requests), list(requests.values())],
+    )
