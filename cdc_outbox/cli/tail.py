@@ -12,17 +12,19 @@ import orjson
 from cdc_outbox.cli.main import Settings
 from cdc_outbox.cli.terminal import forget_output, printable
 from cdc_outbox.errors import BrokenInvariant, CdcOutboxError
+from cdc_outbox.journal.journal import NoJournal
 from cdc_outbox.postgres.connection import connect_bounded
 from cdc_outbox.postgres.server import check_same_server
 from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.relay.headers import Headers
+from cdc_outbox.relay.pipeline import Pipeline
 from cdc_outbox.relay.topic_template import TopicTemplate
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.metrics import Metrics
+from cdc_outbox.service.parking import Parker
 from cdc_outbox.service.preflight import prepare_route
 from cdc_outbox.service.session import Session
 from cdc_outbox.service.shutdown import Shutdown, ShutdownRequested
-from cdc_outbox.service.state import Stateless
 
 _SHUTDOWN_SECONDS: Final = 5.0
 #: A slot can begin only when the transactions that are open have ended: how long each may take.
@@ -50,12 +52,19 @@ def command(settings: Settings, *, as_json: bool) -> None:
                 stream = stack.enter_context(ReplicationStream(dsn))
                 with closing(connect_bounded(dsn, application_name="cdc-outbox tail")) as connection:
                     check_same_server(connection, stream.identify())
-                    route = prepare_route(config, connection, topic, require_topic=lambda _: None)
+                    route = prepare_route(config, connection, topic)
                 stream.create_temporary_slot(slot, lock_timeout_seconds=_SLOT_SECONDS)
                 stream.start(slot, config.postgres.publication)
-            metrics = Metrics()
-            printer = _Printer(as_json=as_json)
-            Session(stream, printer, route.routing, Stateless(), shutdown, Health(slot, metrics), metrics).run()
+            metrics, printer = Metrics(), _Printer(as_json=as_json)
+            Session(
+                stream,
+                printer,
+                Pipeline(route.routing, printer),
+                Parker(NoJournal(), metrics, keeps=False),
+                lambda _topic: None,
+                shutdown,
+                Health(slot, metrics),
+            ).run()
     except ShutdownRequested:
         return
     except BrokenPipeError:  # `tail | head`: the reader has what it wanted
@@ -99,12 +108,8 @@ class _Printer:
     def probe(self) -> None:
         """Nothing is ever unreachable."""
 
-    def publish_one_by_one(self, while_waiting: Callable[[], object]) -> None:
-        """It always does."""
-
-    def publish_in_batches(self) -> int:
-        """It never refuses either."""
-        return 0
+    def publish_in_batches(self) -> None:
+        """It never does."""
 
     def explain(self, refusal: object, topic: str) -> CdcOutboxError:  # noqa: ARG002
         return BrokenInvariant(f"printing refused an event: {refusal!r}")

@@ -14,6 +14,7 @@ from psycopg.rows import dict_row
 
 from cdc_outbox.postgres.connection import BoundedConnection, Connection, translated
 from cdc_outbox.wal.lsn import LSN
+from cdc_outbox.wal.position import Position
 
 Row = dict[str, Any]
 
@@ -45,15 +46,15 @@ def _escaped(value: Any) -> Any:
     return value.encode("ascii", "backslashreplace").decode().replace("\0", "\\0") if isinstance(value, str) else value
 
 
-def settled_since(connection: Connection, system_identifier: str, slot: str, lsn: LSN) -> list[tuple[LSN, int]]:
-    """The identities (commit LSN, ordinal) of dead letters that the slot may send once more."""
+def settled_since(connection: Connection, system_identifier: str, slot: str, lsn: LSN) -> list[Position]:
+    """Of dead letters that the slot may send once more."""
     with translated("reading cdc_outbox.dead_letter"):
         rows = connection.execute(
             "SELECT commit_lsn::text, ordinal FROM cdc_outbox.dead_letter"
             " WHERE system_identifier = %s AND slot = %s AND commit_lsn >= %s::pg_lsn",
             [system_identifier, slot, str(lsn)],
         ).fetchall()
-    return [(LSN.parse(commit_lsn), ordinal) for commit_lsn, ordinal in rows]
+    return [Position(LSN.parse(commit_lsn), ordinal) for commit_lsn, ordinal in rows]
 
 
 def to_redrive(connection: Connection, dead_letter_id: int) -> Row | None:

@@ -5,7 +5,6 @@ Source: librdkafka's CONFIGURATION.md and INTRODUCTION.md ("Idempotent Producer"
 """
 
 import logging
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -18,12 +17,13 @@ from cdc_outbox.errors import (
     CdcOutboxError,
     ConfigurationError,
     OperatorNeeded,
-    PoisonEvent,
-    TopicRefused,
 )
-from cdc_outbox.kafka.refusals import FORBIDDEN, MISSING, Verdict, denies_us, verdict_on
+from cdc_outbox.kafka.isolation import Isolation
+from cdc_outbox.kafka.refusals import Verdict, denies_us, explain, verdict_on
 
 ProducerSettings = Mapping[str, str | int | float | bool]
+#: Of the shape of confluent_kafka.Producer.produce.
+Produce = Callable[..., None]
 
 #: What the promises rest on. Each is refused as a setting, with its reason.
 _PROMISES: Final[dict[str, str | int | bool]] = {
@@ -63,15 +63,6 @@ _DEFAULTS: Final[dict[str, str | int | bool]] = {
     "queue.buffering.max.kbytes": 32 * 1024,
 }
 
-#: What is to be done about a refusal, where its name does not say it.
-_POISON_HINTS: Final = {
-    KafkaError.INVALID_TIMESTAMP: "its commit time is outside of what the topic takes: raise "
-    "message.timestamp.before.max.ms or .after.max.ms, or set the database server's clock right",
-    KafkaError.TOPIC_EXCEPTION: "correct what writes the row: no topic can have that name beside the others",
-}
-_POISON_HINT: Final = (
-    "raise the limit (the topic's max.message.bytes, kafka.producer.message.max.bytes), or correct what writes the row"
-)
 #: For one event at a time: nothing can pass a refused one then, and the producer need not die of it.
 _ALONE: Final[dict[str, str | int | bool]] = {"enable.gapless.guarantee": False, "linger.ms": 0}
 
@@ -79,14 +70,8 @@ _ALONE: Final[dict[str, str | int | bool]] = {"enable.gapless.guarantee": False,
 _PROBE_SECONDS: Final = 0.5
 _REPORT_SECONDS: Final = 0.5
 
-#: How often an event that is refused for a reason we do not expect is tried alone, and the pauses between.
-_TRIES: Final = 5
-_FIRST_PAUSE_SECONDS: Final = 0.1
-_LONGEST_PAUSE_SECONDS: Final = 3.0
 #: What a probe asks about. Nobody needs such a topic: that there is none is an answer, too.
 _PROBED_TOPIC: Final = "cdc-outbox.probe"
-
-MISSING_TOPIC_HINT: Final = "cdc-outbox topics create makes it, or kafka.create_topics = true"
 
 
 class Publisher:
@@ -105,9 +90,12 @@ class Publisher:
         *,
         max_in_flight: int,
         count_failure: Callable[[str, str], None] = lambda _topic, _reason: None,
+        wrap: Callable[[Produce], Produce] = lambda produce: produce,
     ) -> None:
+        """``wrap`` puts something around the hot call, as `kafka.tracing` does."""
         self._bootstrap_servers = bootstrap_servers
         self._count_failure = count_failure
+        self._wrap = wrap
         _refuse_broken_promises(settings)
         self.client_settings: dict[str, Any] = {
             **_DEFAULTS,
@@ -124,10 +112,8 @@ class Publisher:
             reason = error.args[0].str()
             raise ConfigurationError(f"kafka.producer: {reason}", hint="see librdkafka's CONFIGURATION.md") from error
         #: the hot call: nothing between the pipeline and librdkafka
-        self.publish: Callable[..., None] = self.producer.produce
-        #: in between while events are published one by one; None while they are published in batches
-        self._while_waiting: Callable[[], object] | None = None
-        self._refused_alone = 0
+        self.publish: Produce = wrap(self.producer.produce)
+        self._is_isolating = False
         #: why no broker can be reached at the moment; None while one can
         self.unreachable: str | None = None
         #: what librdkafka last complained of, until a broker has answered again
@@ -155,73 +141,21 @@ class Publisher:
         if self._denied:
             raise self._denied
 
-    def publish_one_by_one(self, while_waiting: Callable[[], object]) -> None:
-        """From now on ``publish`` returns when the event is acknowledged, and raises what the broker refuses it for.
-
-        The broker refuses a whole batch for one of its events: only alone can that one be told from the innocents. What
-        may pass is waited for, and nothing is sent twice meanwhile.
-        ``while_waiting`` polls for a moment, and does what else must not wait. Nothing may be in flight.
-        """
-        self._while_waiting = while_waiting
-        self._refused_alone = 0
+    def isolate(self) -> Isolation:
+        """From now on events are published one at a time, through what this returns. Nothing may be in flight."""
         self._replace_producer(_ALONE)
-        self.publish = self._publish_alone
+        isolation = Isolation(self._wrap(self.producer.produce), self._count_failure)
+        self.publish, self._is_isolating = isolation.publish, True
+        return isolation
 
-    def publish_in_batches(self) -> int:
-        """The end of ``publish_one_by_one``; how many events were refused meanwhile."""
-        self._while_waiting = None
+    def publish_in_batches(self) -> None:
+        """The end of ``isolate``."""
         self._replace_producer({})
-        self.publish = self.producer.produce
-        return self._refused_alone
+        self.publish, self._is_isolating = self._wrap(self.producer.produce), False
 
     def _replace_producer(self, settings: ProducerSettings) -> None:
         self.producer.purge(in_queue=True, in_flight=True, blocking=False)
         self.producer = Producer({**self.client_settings, **settings})
-
-    def _publish_alone(
-        self,
-        topic: str,
-        value: bytes | None,
-        key: bytes,
-        partition: int,
-        on_delivery: Callable[[None, None], None],
-        _: None,
-        timestamp_ms: int,
-        headers: Any,
-    ) -> None:
-        pause_seconds, unexpected = _FIRST_PAUSE_SECONDS, 0
-        while True:
-            error = self._deliver(topic, value, key, partition, timestamp_ms, headers)
-            if error is None:
-                on_delivery(None, None)
-                return
-            verdict = verdict_on(error)
-            unexpected += verdict is Verdict.UNEXPECTED
-            if verdict not in (Verdict.PASSING, Verdict.UNEXPECTED) or unexpected == _TRIES:
-                self._refused_alone += 1
-                raise KafkaException(error)
-            self._count_failure(topic, error.name())
-            self._pause(pause_seconds)
-            pause_seconds = min(2 * pause_seconds, _LONGEST_PAUSE_SECONDS)
-
-    def _deliver(
-        self, topic: str, value: bytes | None, key: bytes, partition: int, timestamp_ms: int, headers: Any
-    ) -> KafkaError | None:
-        """Send one event and wait for its report: why it was not taken, None if it was."""
-        assert self._while_waiting is not None  # `publish_one_by_one` has set it
-        reports: list[KafkaError | None] = []
-        self.producer.produce(
-            topic, value, key, partition, lambda error, _message: reports.append(error), None, timestamp_ms, headers
-        )
-        while not reports:
-            self._while_waiting()
-        return reports[0]
-
-    def _pause(self, seconds: float) -> None:
-        assert self._while_waiting is not None  # `publish_one_by_one` has set it
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            self._while_waiting()
 
     def connect(self, timeout_seconds: float) -> dict[str, int]:
         """See that a broker answers; return its topics, and how many partitions each has.
@@ -259,7 +193,7 @@ class Publisher:
         if error.fatal():
             self.poll(_REPORT_SECONDS)
         self._count_failure(topic, error.name())
-        return _explain(error, topic, alone=self._while_waiting is not None)
+        return explain(error, topic, alone=self._is_isolating)
 
     def on_failure(self, error: KafkaError, message: Message) -> None:
         """Raise what a failed delivery report means; surfaces from ``poll`` and ``flush``.
@@ -269,7 +203,7 @@ class Publisher:
         topic = message.topic() or ""
         self._count_failure(topic, error.name())
         if verdict_on(error) is Verdict.OPERATOR:
-            raise _explain(error, topic, alone=False)
+            raise explain(error, topic, alone=False)
         raise BatchRefused(f"topic {topic} refuses an event, or one sent with it: {error.name()}")
 
     def _on_error(self, error: KafkaError) -> None:
@@ -291,30 +225,3 @@ def _refuse_broken_promises(settings: ProducerSettings) -> None:
     for key in settings:
         if key in _REFUSED:
             raise ConfigurationError(f"kafka.producer.{key} cannot be set: {_REFUSED[key]}", hint="remove it")
-
-
-def _explain(error: KafkaError, topic: str, *, alone: bool) -> CdcOutboxError:
-    """What is to be done about a refused event; ``alone`` if nothing was sent with it."""
-    code, reason, verdict = error.code(), f"{error.name()}: {error.str()}", verdict_on(error)
-    if verdict is Verdict.OPERATOR:
-        return _explain_to_operator(code, reason, topic)
-    if verdict is Verdict.POISON or (alone and verdict is Verdict.UNEXPECTED):
-        hint = _POISON_HINTS.get(code, _POISON_HINT)
-        return PoisonEvent(f"topic {topic} refuses it: {reason}", reason=error.name(), hint=hint)
-    if alone or verdict is Verdict.PASSING:
-        return BrokerUnavailable(f"publishing to topic {topic} failed: {reason}")
-    return BatchRefused(f"topic {topic} or another does not take an event, or one sent with it: {reason}")
-
-
-def _explain_to_operator(code: int, reason: str, topic: str) -> TopicRefused:
-    if code in MISSING:
-        return TopicRefused(f"topic {topic} does not exist (any more): {reason}", topic=topic, hint=MISSING_TOPIC_HINT)
-    if code in FORBIDDEN:
-        return TopicRefused(
-            f"topic {topic} must not be written to: {reason}",
-            topic=topic,
-            hint="grant WRITE on the topic, and DESCRIBE (before Kafka 2.8 IDEMPOTENT_WRITE on the cluster, too)",
-        )
-    return TopicRefused(
-        f"topic {topic} cannot be written to: {reason}", topic=topic, hint="check kafka.producer, topic and broker"
-    )

@@ -11,6 +11,8 @@ from typing import Final
 
 from confluent_kafka import KafkaError
 
+from cdc_outbox.errors import BatchRefused, BrokerUnavailable, CdcOutboxError, PoisonEvent, TopicRefused
+
 
 class Verdict(Enum):
     POISON = "the event can never be published"
@@ -249,6 +251,16 @@ _LOGIN: Final = frozenset(
         KafkaError._SSL,  # noqa: SLF001
     }
 )
+MISSING_TOPIC_HINT: Final = "cdc-outbox topics create makes it, or kafka.create_topics = true"
+#: What is to be done about a refusal, where its name does not say it.
+_POISON_HINTS: Final = {
+    KafkaError.INVALID_TIMESTAMP: "its commit time is outside of what the topic takes: raise "
+    "message.timestamp.before.max.ms or .after.max.ms, or set the database server's clock right",
+    KafkaError.TOPIC_EXCEPTION: "correct what writes the row: no topic can have that name beside the others",
+}
+_POISON_HINT: Final = (
+    "raise the limit (the topic's max.message.bytes, kafka.producer.message.max.bytes), or correct what writes the row"
+)
 
 
 def verdict_on(error: KafkaError) -> Verdict:
@@ -259,3 +271,30 @@ def verdict_on(error: KafkaError) -> Verdict:
 def denies_us(error: KafkaError) -> bool:
     """Of what librdkafka complains of outside any event: whether the broker has refused our credentials."""
     return error.code() in _LOGIN and not any(words in error.str() for words in _NOT_ANSWERED)
+
+
+def explain(error: KafkaError, topic: str, *, alone: bool) -> CdcOutboxError:
+    """What is to be done about a refused event; ``alone`` if nothing was sent with it."""
+    code, reason, verdict = error.code(), f"{error.name()}: {error.str()}", verdict_on(error)
+    if verdict is Verdict.OPERATOR:
+        return _explain_to_operator(code, reason, topic)
+    if verdict is Verdict.POISON or (alone and verdict is Verdict.UNEXPECTED):
+        hint = _POISON_HINTS.get(code, _POISON_HINT)
+        return PoisonEvent(f"topic {topic} refuses it: {reason}", reason=error.name(), hint=hint)
+    if alone or verdict is Verdict.PASSING:
+        return BrokerUnavailable(f"publishing to topic {topic} failed: {reason}")
+    return BatchRefused(f"topic {topic} or another does not take an event, or one sent with it: {reason}")
+
+
+def _explain_to_operator(code: int, reason: str, topic: str) -> TopicRefused:
+    if code in MISSING:
+        return TopicRefused(f"topic {topic} does not exist (any more): {reason}", topic=topic, hint=MISSING_TOPIC_HINT)
+    if code in FORBIDDEN:
+        return TopicRefused(
+            f"topic {topic} must not be written to: {reason}",
+            topic=topic,
+            hint="grant WRITE on the topic, and DESCRIBE (before Kafka 2.8 IDEMPOTENT_WRITE on the cluster, too)",
+        )
+    return TopicRefused(
+        f"topic {topic} cannot be written to: {reason}", topic=topic, hint="check kafka.producer, topic and broker"
+    )

@@ -9,8 +9,8 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from cdc_outbox.errors import BrokerUnavailable, CdcOutboxError, PoisonEvent, TopicRefused
-from cdc_outbox.kafka.publisher import MISSING_TOPIC_HINT, Publisher
-from cdc_outbox.kafka.refusals import FORBIDDEN, MISSING, Verdict, verdict_on
+from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.kafka.refusals import FORBIDDEN, MISSING, MISSING_TOPIC_HINT, Verdict, verdict_on
 
 #: How long a topic may take to be known to every broker: one that we have created, and one that somebody else has.
 _CREATED_SECONDS: Final = 3.0

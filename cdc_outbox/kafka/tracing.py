@@ -17,7 +17,7 @@ from opentelemetry.trace import Link, SpanKind, Status, StatusCode, Tracer, get_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from cdc_outbox import __version__
-from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.kafka.publisher import Produce
 
 _TRACE_HEADERS: Final = ("traceparent", "tracestate")
 _ID_HEADERS: Final = ("id", "ce_id")
@@ -32,22 +32,22 @@ def start_tracing() -> TracerProvider:
     return provider
 
 
-class TracingPublisher(Publisher):
-    """A publisher whose ``publish`` also opens a span; the delivery report ends it."""
+def traced(provider: TracerProvider) -> Callable[[Produce], Produce]:
+    """Wraps Producer.produce: each call opens a span, and the delivery report ends it."""
+    tracer = provider.get_tracer("cdc-outbox", __version__)
 
-    def __init__(self, *arguments: Any, provider: TracerProvider, **keywords: Any) -> None:
-        self._tracer: Tracer = provider.get_tracer("cdc-outbox", __version__)
-        super().__init__(*arguments, **keywords)
+    def wrap(produce: Produce) -> Produce:
+        return _Traced(tracer, produce).produce
 
-    @property
-    def publish(self) -> Callable[..., None]:
-        return self._publish_traced
+    return wrap
 
-    @publish.setter
-    def publish(self, produce: Callable[..., None]) -> None:
+
+class _Traced:
+    def __init__(self, tracer: Tracer, produce: Produce) -> None:
+        self._tracer = tracer
         self._produce = produce
 
-    def _publish_traced(
+    def produce(
         self,
         topic: str,
         value: bytes | None,

@@ -9,7 +9,8 @@ from confluent_kafka.admin._acl import AclOperation
 from confluent_kafka.admin._config import ConfigResource
 from confluent_kafka.admin._resource import ResourceType
 
-from cdc_outbox.kafka.publisher import MISSING_TOPIC_HINT, Publisher
+from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.kafka.refusals import MISSING_TOPIC_HINT
 from cdc_outbox.operations.findings import Finding, Findings, checked
 
 _REQUEST_SECONDS: Final = 5.0

@@ -19,8 +19,8 @@ from cdc_outbox.postgres.connection import connect_bounded
 from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.relay.pipeline import Pipeline
 from cdc_outbox.relay.router import Routing, Strays
+from cdc_outbox.relay.stops import Parking
 from cdc_outbox.service.canary import make_canary_router
-from cdc_outbox.service.state import Stateless
 
 _CHECK: Final = "round trip"
 _PATIENCE_SECONDS: Final = 10.0
@@ -50,18 +50,14 @@ def make_round_trip(config: Config, publisher: Publisher) -> Finding:
 
 def _carry_one(config: Config, stream: ReplicationStream, publisher: Publisher, slot: str) -> float:
     """Seconds from INSERT to acknowledgement. Raises OperatorNeeded if it does not arrive."""
-    router = make_canary_router(config, require_topic=lambda _: None)
-
-    def wait_for_room() -> bool:
-        publisher.poll(0.05)
-        return True
-
-    pipeline = Pipeline(Routing([router], Strays()), publisher, Stateless(), wait_for_room)
+    pipeline = Pipeline(Routing([make_canary_router(config)], Strays(), set()), publisher)
     began = time.monotonic()
     with closing(connect_bounded(config.postgres.dsn.get_secret_value())) as connection:
         plant(connection, slot)
     while time.monotonic() - began < _PATIENCE_SECONDS:
-        pipeline.feed(stream.frames())
+        stop = pipeline.feed(stream.frames())
+        if isinstance(stop, Parking):
+            raise stop.poison
         publisher.flush(0.01)
         if any(config.canary.topic in batch.per_topic for batch in pipeline.watermark.advance()):
             return time.monotonic() - began

@@ -1,30 +1,29 @@
 """The pipeline: frames from the stream, through the router, to the publisher, counted by the watermark.
 
-Pure: it is handed frames and hands on records. When to read, wait, poll or confirm is `service.session`'s business.
+Pure: it is fed frames, hands on records, and returns when somebody has to do something in the world before it can go
+on: wait for room, keep an event, look for a topic, carry out a request (see `stops`). Then it is fed again.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Final, Protocol
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from cdc_outbox.errors import CdcOutboxError, MalformedStream, OperatorNeeded, PoisonEvent
-from cdc_outbox.relay.dead_letters import (
-    REDRIVE_REQUESTS,
-    REDRIVEN_HEADER,
-    DeadLetter,
-    DeadLetters,
-    RedriveRequest,
-)
-from cdc_outbox.relay.router import Record, Router, Routing
+from cdc_outbox.relay.requests import REDRIVEN_HEADER, ReadRequest, RedriveRequest, compile_request_reader
+from cdc_outbox.relay.router import Record, Router, Routing, UnknownTopic
+from cdc_outbox.relay.stops import DRAINED, DRY, FULL, NewTopic, Parking, RedriveRefused, Requested, Stop
 from cdc_outbox.relay.watermark import Watermark
 from cdc_outbox.wal import pgoutput
 from cdc_outbox.wal.frames import MESSAGE_START, XLOG_DATA, read_keepalive
 from cdc_outbox.wal.lsn import LSN
-from cdc_outbox.wal.row_plan import InsertFunction, InsertReader, compile_insert_reader
+from cdc_outbox.wal.position import Position
+
+if TYPE_CHECKING:
+    from cdc_outbox.wal.row_plan import InsertFunction
 
 #: A batch is closed at the first transaction end at which it has this many events, or at which a read ends.
 #: Small enough that little is resent after a crash, large enough that its cost vanishes.
 BATCH_EVENTS: Final = 500
-_REQUEST_COLUMNS: Final = ("id", "slot", "dead_letter_id", "topic", "key")
 
 
 class Publisher(Protocol):
@@ -49,81 +48,101 @@ class Publisher(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """An event that has yet to be published: its Insert, or the request for it; its record as soon as it has one."""
+
+    frame: bytes = b""
+    request: RedriveRequest | None = None
+    record: Record | None = None
+
+
 class Pipeline:
     """State of one replication stream. Thrown away with it: a late delivery report can then confirm nothing."""
 
-    def __init__(
-        self,
-        routing: Routing,
-        publisher: Publisher,
-        dead_letters: DeadLetters,
-        wait_for_room: Callable[[], bool],
-    ) -> None:
-        """``wait_for_room`` lets what is in flight become less; False if nothing is."""
+    def __init__(self, routing: Routing, publisher: Publisher, settled: Iterable[Position] = ()) -> None:
+        """``settled``: events that the stream may bring once more, and that are kept durably since the first time."""
         self._routers = routing.routers
         self._strays = routing.strays
         self._encoding = routing.encoding
-        #: by an Insert's head
-        self._router_of: dict[bytes, Router] = {}
+        self._known_topics = routing.known_topics
         self._publisher = publisher
-        self._dead_letters = dead_letters
-        self._wait_for_room = wait_for_room
+        #: by commit LSN
+        self._settled: dict[int, set[int]] = {}
+        for position in settled:
+            self._settled.setdefault(position.commit_lsn, set()).add(position.ordinal)
         #: by an Insert's head; None for tables that hold no events
         self._plans: dict[bytes, InsertFunction | None] = {}
+        self._router_of: dict[bytes, Router] = {}
         self._relations: dict[bytes, pgoutput.Relation] = {}
-        self._read_request: dict[bytes, InsertReader] = {}
+        self._read_request: dict[bytes, ReadRequest] = {}
         #: what Inserts that nobody routes are answered with, where they must not pass
         self._refusals: dict[bytes, OperatorNeeded] = {}
         self._commit_time_ms = 0
-        #: events of the transaction being received that are dead letters already; nearly always empty
-        self._settled_ordinals: frozenset[int] = frozenset()
+        #: of the transaction being received; nearly always empty
+        self._settled_ordinals: frozenset[int] | set[int] = frozenset()
         self.watermark = Watermark(publisher.on_failure)
         #: commit LSN of the transaction being received; 0 between transactions
         self.open_commit_lsn = 0
-        #: commit LSN of the transaction received last, or being received
-        self.last_commit_lsn = 0
-        #: events of that transaction so far: with the commit LSN, an event's identity in the stream
-        self.ordinal = 0
+        #: the Insert received last
+        self._commit_lsn, self._ordinal = 0, 0
+        #: those among the transaction's Inserts that are no events
+        self._other_inserts = 0
         self._committed_events = 0
+        #: the event that a stop was about
+        self._kept: _Kept | None = None
+        #: the event published last, while they are published one by one
+        self._placed: _Kept | None = None
         #: the furthest LSN the server has told us about
         self.wal_end = 0
         self.reply_requested = False
         #: when set, `feed` stops at the next transaction end and leaves the rest unread
         self.draining = False
+        #: when set, `feed` is given one frame at a time, and its event may be withdrawn
+        self.one_by_one = False
 
     @property
     def in_transaction(self) -> bool:
         return self.open_commit_lsn != 0
 
     @property
-    def reached(self) -> tuple[int, int]:
-        """The event received last: commit LSN and ordinal. Grows along the stream."""
-        return self.last_commit_lsn, self.ordinal
+    def reached(self) -> Position:
+        """Of the Insert received last."""
+        return Position(self._commit_lsn, self._ordinal)
 
     @property
     def acknowledged_events(self) -> int:
         """Over the pipeline's life; to see whether it moves, not to count by (it lags behind inside ``feed``)."""
-        published = self._committed_events + (self.ordinal if self.in_transaction else 0)
+        published = self._committed_events + (self._events if self.in_transaction else 0)
         return published - self.watermark.outstanding
 
-    def feed(self, frames: Iterable[bytes]) -> None:
-        """Carry ``frames`` to the publisher. The hot loop: per event one look-up, one row plan, one publish.
+    @property
+    def _events(self) -> int:
+        """Of the transaction being received."""
+        return self._ordinal - self._other_inserts
 
-        Raises MalformedStream, PoisonEvent, OperatorNeeded, BrokerUnavailable; whatever ``wait_for_room`` raises.
+    def feed(self, frames: Iterable[bytes]) -> Stop:
+        """Carry ``frames`` to the publisher until they run dry, or until something is to be done before it goes on.
+
+        The hot loop: per event one look-up, one row plan, one publish. `_place` is the same in slow.
+        Raises MalformedStream, OperatorNeeded, BrokerUnavailable. Whatever is raised, what is counted in is in flight.
         """
-        plans, head = self._plans, pgoutput.INSERT_HEAD
-        publish, refusal = self._publisher.publish, self._publisher.refusal
-        batch, commit_time_ms, ordinal = self.watermark.current, self._commit_time_ms, self.ordinal
+        if self._kept is not None and (stop := self._place(self._kept)):
+            return stop
+        plans, head = {} if self.one_by_one else self._plans, pgoutput.INSERT_HEAD
+        publish = self._publisher.publish
+        batch, commit_time_ms, ordinal = self.watermark.current, self._commit_time_ms, self._ordinal
         settled = self._settled_ordinals
+        stop = None
         for frame in frames:
             # Bytes that no other message has: a hit is an Insert of a known relation with the right number of columns.
             plan = plans.get(frame[head])
             if plan is None:
-                self.ordinal = ordinal
-                done = self._control(frame)
-                batch, commit_time_ms, ordinal = self.watermark.current, self._commit_time_ms, self.ordinal
+                self._ordinal = ordinal
+                stop = self._control(frame)
+                batch, commit_time_ms, ordinal = self.watermark.current, self._commit_time_ms, self._ordinal
                 settled = self._settled_ordinals
-                if done:
+                if stop is not None:
                     break
                 continue
             if not commit_time_ms:
@@ -133,180 +152,173 @@ class Pipeline:
                 continue
             try:
                 topic, value, key, headers = plan(frame, commit_time_ms)
-            except (PoisonEvent, MalformedStream) as error:
-                self.ordinal = ordinal
-                self._put_away(frame, error)
-                continue
-            except CdcOutboxError:
-                self.ordinal = ordinal
-                raise
+            except (CdcOutboxError, UnknownTopic) as error:
+                self._ordinal = ordinal
+                stop = self._not_placed(_Kept(frame), error)
+                break
             batch.outstanding += 1
             batch.per_topic[topic] += 1
             try:
                 publish(topic, value, key, -1, batch.on_delivery, None, commit_time_ms, headers)
-            except (BufferError, refusal) as error:
-                self.ordinal = ordinal
-                self._publish_or_put_away(frame, Record(topic, value, key, headers), error)
-        self.ordinal = ordinal
+            except BaseException as error:  # noqa: BLE001 - whatever it is, the event is not in flight
+                batch.outstanding -= 1
+                batch.per_topic[topic] -= 1
+                self._ordinal = ordinal
+                stop = self._not_placed(_Kept(frame, record=Record(topic, value, key, headers)), error)
+                break
+        self._ordinal = ordinal
         if not self.open_commit_lsn:
             self.watermark.close_batch()
+        return stop or DRY
 
-    def _publish_or_put_away(self, frame: bytes, record: Record, error: Exception) -> None:
-        """An event that has been counted in, and for which there was no room, or which was refused."""
-        refused = self._publish_patiently(record, error)
-        if isinstance(refused, PoisonEvent):
-            self._put_away(frame, refused, topic=record.topic)
-        elif refused:
-            raise refused
+    def admit(self, topic: str) -> None:
+        """After NewTopic: it is there."""
+        self._known_topics.add(topic)
 
-    def _publish_patiently(self, record: Record, error: Exception | None = None) -> OperatorNeeded | None:
-        """Publish an event that has been counted in, waiting for room; ``error`` is what a first attempt came to.
+    def redrive(self, request: RedriveRequest, record: Record) -> None:
+        """After Requested: publish ``record`` again, as an event of the transaction that asks for it."""
+        header = (REDRIVEN_HEADER, b"%d" % request.dead_letter_id)
+        self._kept = _Kept(request=request, record=record._replace(headers=[*record.headers, header]))
 
-        Why it is refused, then it is counted out. What is raised meanwhile is about other events, or none.
-        """
-        batch = self.watermark.current
-        while True:
-            error = error or self._try_to_publish(record)
-            if error is None:
-                return None
-            if not isinstance(error, BufferError):
-                refused: CdcOutboxError = self._publisher.explain(error, record.topic)
-            elif self._wait_for_room():
-                error = None
-                continue
-            else:
-                refused = PoisonEvent(
-                    "it does not fit into librdkafka's queue",
-                    reason="queue_too_small",
-                    hint="set kafka.producer.queue.buffering.max.kbytes above the largest payload",
-                )
-            batch.outstanding -= 1
-            batch.per_topic[record.topic] -= 1
-            if isinstance(refused, OperatorNeeded):
-                return refused
-            raise refused
-
-    def _try_to_publish(self, record: Record) -> Exception | None:
-        topic, value, key, headers = record
-        on_delivery = self.watermark.current.on_delivery
-        try:
-            self._publisher.publish(topic, value, key, -1, on_delivery, None, self._commit_time_ms, headers)
-        except (BufferError, self._publisher.refusal) as error:
-            return error
-        return None
-
-    def _put_away(self, frame: bytes, error: PoisonEvent | MalformedStream, *, topic: str = "") -> None:
-        """Let an event that can never be published become a dead letter, or stop before it.
-
-        ``topic`` is the one that has refused it, if it came so far.
-        """
-        head = frame[pgoutput.INSERT_HEAD]
+    def refuse(self, error: CdcOutboxError) -> Parking | RedriveRefused:
+        """After Full, NewTopic: the event can not be published. Raises ``error`` if that is no fault of the event."""
+        kept, self._kept = self._kept, None
+        assert kept is not None  # a stop was about it
         if isinstance(error, MalformedStream):
             error = PoisonEvent(error.message, reason="undecodable", hint=error.hint)
+        if kept.request and isinstance(error, OperatorNeeded) and not isinstance(error, PoisonEvent):
+            error = PoisonEvent(error.message, reason="not_writable")
+        if not isinstance(error, PoisonEvent):
+            raise error
+        if kept.request:
+            return RedriveRefused(kept.request, error)
+        head = kept.frame[pgoutput.INSERT_HEAD]
         router = self._router_of[head]
-        self._dead_letters.put(
-            DeadLetter(
-                event=router.describe(self._relations[head], frame, self._commit_time_ms),
-                commit_lsn=LSN(self.open_commit_lsn),
-                ordinal=self.ordinal,
-                commit_time_ms=self._commit_time_ms,
-                poison=error,
-                refused_by=topic,
-                expendable=router.expendable,
-            )
+        return Parking(
+            event=router.describe(self._relations[head], kept.frame, self._commit_time_ms),
+            position=self.reached,
+            commit_time_ms=self._commit_time_ms,
+            poison=error,
+            refused_by=kept.record.topic if kept.record else "",
+            expendable=router.expendable,
         )
 
-    def _redrive(self, request: RedriveRequest) -> None:
-        """Publish a dead letter again, as an event of the transaction that asks for it."""
-        self.ordinal += 1
-        record = self._dead_letters.take(request)
-        if record is None:
-            return
+    def withdraw(self, error: CdcOutboxError) -> Parking | RedriveRefused:
+        """`refuse` the event published last, which is not in flight any more; only while ``one_by_one``."""
+        assert self._placed is not None
+        assert self._placed.record is not None
         batch = self.watermark.current
-        refused: OperatorNeeded | None = None
-        try:
-            self._routers[0].check(record.topic)
-        except OperatorNeeded as error:
-            refused = error
-        else:
-            batch.outstanding += 1
-            batch.per_topic[record.topic] += 1
-            header = (REDRIVEN_HEADER, b"%d" % request.dead_letter_id)
-            refused = self._publish_patiently(record._replace(headers=[*record.headers, header]))
-        if refused is None:
-            batch.redriven.append((request.id, request.dead_letter_id))
-            return
-        poison = refused if isinstance(refused, PoisonEvent) else PoisonEvent(refused.message, reason="not_writable")
-        self._dead_letters.refused_again(request, poison)
+        batch.outstanding -= 1
+        batch.per_topic[self._placed.record.topic] -= 1
+        if self._placed.request:
+            batch.redriven.pop()
+        self._kept = self._placed
+        return self.refuse(error)
 
-    def _control(self, frame: bytes) -> bool:
-        """Take in everything but events. True when the pipeline is draining and stands between transactions."""
+    def _place(self, kept: _Kept) -> Stop | None:
+        """Publish one event. None if it is in flight."""
+        try:
+            kept = kept if kept.record else replace(kept, record=self._route(kept.frame))
+            assert kept.record is not None
+            topic, value, key, headers = kept.record
+            if kept.request:
+                self._routers[0].check(topic)
+        except (CdcOutboxError, UnknownTopic) as error:
+            return self._not_placed(kept, error)
+        batch = self.watermark.current
+        batch.outstanding += 1
+        batch.per_topic[topic] += 1
+        try:
+            self._publisher.publish(topic, value, key, -1, batch.on_delivery, None, self._commit_time_ms, headers)
+        except BaseException as error:  # noqa: BLE001 - as in `feed`
+            batch.outstanding -= 1
+            batch.per_topic[topic] -= 1
+            return self._not_placed(kept, error)
+        if kept.request:
+            batch.redriven.append((kept.request.id, kept.request.dead_letter_id))
+        self._kept = None
+        self._placed = kept if self.one_by_one else None
+        return None
+
+    def _route(self, frame: bytes) -> Record:
+        plan = self._plans[frame[pgoutput.INSERT_HEAD]]
+        assert plan is not None
+        return Record(*plan(frame, self._commit_time_ms))
+
+    def _not_placed(self, kept: _Kept, error: BaseException) -> Stop:
+        """Why, or raise it. The event is kept, and counted nowhere."""
+        self._kept = kept
+        if isinstance(error, BufferError):
+            return FULL
+        if isinstance(error, UnknownTopic):
+            return NewTopic(error.topic)
+        if isinstance(error, self._publisher.refusal):
+            assert kept.record is not None  # it came as far as the publisher
+            error = self._publisher.explain(error, kept.record.topic)
+        if isinstance(error, CdcOutboxError):
+            return self.refuse(error)
+        raise error
+
+    def _control(self, frame: bytes) -> Stop | None:
+        """Take in everything but events. Why to stop, or None."""
         if len(frame) <= MESSAGE_START or frame[0] != XLOG_DATA:
             keepalive = read_keepalive(frame)
             self.reply_requested |= keepalive.reply_requested
             self.wal_end = max(self.wal_end, keepalive.wal_end)
-            return self.draining and not self.in_transaction
+            return DRAINED if self.draining and not self.in_transaction else None
         tag = frame[MESSAGE_START]
+        if tag == pgoutput.INSERT:
+            return self._insert(frame)
         if tag == pgoutput.BEGIN:
             self._begin(frame)
         elif tag == pgoutput.COMMIT:
             self._commit(frame)
-            return self.draining
+            return DRAINED if self.draining else None
         elif tag == pgoutput.RELATION:
             self._introduce(pgoutput.read_relation(frame, self._encoding))
-        elif tag == pgoutput.INSERT:
-            self._insert_of_no_event(frame)
         elif tag not in pgoutput.WITHOUT_EVENT:
             raise MalformedStream(f"unsupported pgoutput message {bytes([tag])!r}")
-        return False
+        return None
 
     def _introduce(self, relation: pgoutput.Relation) -> None:
         head = relation.insert_head
         self._relations[head] = relation
         self._plans[head] = None
         self._refusals.pop(head, None)
+        self._read_request.pop(head, None)
         for router in self._routers:
             if plan := router.compile(relation):
                 self._plans[head], self._router_of[head] = plan.read, router
         if self._plans[head] is None and (refusal := self._strays.refusal(relation)):
             self._refusals[head] = refusal
-        if (relation.namespace, relation.name) == REDRIVE_REQUESTS:
-            try:
-                self._read_request[head] = compile_insert_reader(relation, _REQUEST_COLUMNS)
-            except ValueError:
-                self._refusals[head] = OperatorNeeded(
-                    f"a request in {relation} comes without one of its columns",
-                    hint="let the publication have the table without a column list",
-                )
+        try:
+            if read := compile_request_reader(relation, self._encoding):
+                self._read_request[head] = read
+        except OperatorNeeded as error:  # only once there is a request
+            self._refusals[head] = error
 
-    def _insert_of_no_event(self, frame: bytes) -> None:
+    def _insert(self, frame: bytes) -> Stop | None:
+        """An Insert into a table that holds no events; while ``one_by_one``, any."""
         head = frame[pgoutput.INSERT_HEAD]
         if head not in self._plans or not self.in_transaction:
             raise MalformedStream("an Insert into a relation, or with a number of columns, that was not announced")
+        self._ordinal += 1
+        if self._plans[head]:
+            return None if self._ordinal in self._settled_ordinals else self._place(_Kept(frame))
+        self._other_inserts += 1
         if head in self._refusals:
             raise self._refusals[head]
         if head in self._read_request:
-            self._redrive(self._request(*self._read_request[head](frame)))
-
-    def _request(
-        self, number: bytes, slot: bytes, dead_letter_id: bytes, topic: bytes | None, key: bytes | None
-    ) -> RedriveRequest:
-        text = self._encoding.text
-        return RedriveRequest(
-            int(number),
-            text(slot),
-            int(dead_letter_id),
-            None if topic is None else text(topic),
-            None if key is None else text(key).encode(),
-        )
+            self._other_inserts -= 1  # what it asks for is an event
+            return Requested(self._read_request[head](frame))
+        return None
 
     def _begin(self, frame: bytes) -> None:
         if self.open_commit_lsn:
             raise MalformedStream(f"a Begin inside the transaction that commits at {LSN(self.open_commit_lsn)}")
         self.open_commit_lsn, self._commit_time_ms = pgoutput.read_begin(frame)
-        self.last_commit_lsn = self.open_commit_lsn
-        self.ordinal = 0
-        self._settled_ordinals = self._dead_letters.settled_ordinals(self.open_commit_lsn)
+        self._commit_lsn, self._ordinal, self._other_inserts = self.open_commit_lsn, 0, 0
+        self._settled_ordinals = self._settled.get(self.open_commit_lsn, frozenset())
         batch = self.watermark.current
         batch.first_commit_time_ms = batch.first_commit_time_ms or self._commit_time_ms
 
@@ -320,7 +332,7 @@ class Pipeline:
         self.wal_end = wal_end
         batch = self.watermark.current
         batch.end_lsn = end_lsn
-        batch.events += self.ordinal
-        self._committed_events += self.ordinal
+        batch.events += self._events
+        self._committed_events += self._events
         if batch.events >= BATCH_EVENTS:
             self.watermark.close_batch()

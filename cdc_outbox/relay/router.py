@@ -3,11 +3,11 @@
 When the stream introduces a relation the router compiles a *row plan* for it: which columns become topic, key, value
 and headers. From then on an Insert is one call of that plan.
 
-Pure: whether a topic exists is asked through a function the router is given.
+Pure: an event of a topic that is not known to be there waits for the answer (UnknownTopic).
 """
 
 from binascii import unhexlify
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
 from typing import Final, NamedTuple
@@ -57,17 +57,26 @@ class EventDescription:
     payload: bytes | None = None
 
 
+class UnknownTopic(Exception):
+    """Nobody has looked yet whether ``topic`` is there. Caught by the pipeline."""
+
+    def __init__(self, topic: str) -> None:
+        super().__init__(topic)
+        self.topic = topic
+
+
 class _Topics(dict[tuple[bytes | None, ...], str]):
     """Topics seen so far, by the column values that named them: after the first row of a topic, one look-up."""
 
-    def __init__(self, template: TopicTemplate, require_topic: Callable[[str], None]) -> None:
+    def __init__(self, template: TopicTemplate, known: Container[str]) -> None:
         super().__init__()
         self._template = template
-        self._require_topic = require_topic
+        self._known = known
 
     def __missing__(self, values: tuple[bytes | None, ...]) -> str:
         topic = self._template.render(values)
-        self._require_topic(topic)
+        if topic not in self._known:
+            raise UnknownTopic(topic)
         self[values] = topic
         return topic
 
@@ -126,11 +135,13 @@ class Routing:
 
     routers: Sequence["Router"]
     strays: Strays
+    #: topics that are there; whoever finds another one adds it
+    known_topics: set[str]
     encoding: Encoding = UTF8
 
 
 class Router:
-    """Compiles row plans. ``source`` is the CloudEvents source; ``require_topic`` raises if a topic is not there.
+    """Compiles row plans. ``source`` is the CloudEvents source; plans raise UnknownTopic unless the topic is known.
 
     Events that are ``expendable`` nobody would miss: one that cannot be published is no reason to stop.
     """
@@ -141,7 +152,7 @@ class Router:
         topic: TopicTemplate,
         style: HeaderStyle,
         source: str,
-        require_topic: Callable[[str], None],
+        known_topics: Container[str],
         encoding: Encoding = UTF8,
         *,
         expendable: bool = False,
@@ -151,8 +162,8 @@ class Router:
         self._topic = topic
         self._style = style
         self._source = source.encode()
-        self._require_topic = require_topic
-        self._topics = _Topics(topic, require_topic)
+        self._known_topics = known_topics
+        self._topics = _Topics(topic, known_topics)
         self._encoding = encoding
 
     def compile(self, relation: Relation) -> RowPlan | None:
@@ -213,9 +224,10 @@ class Router:
         return column
 
     def check(self, topic: str) -> None:
-        """Raises PoisonEvent unless ``topic`` is one that may be written to, whatever ``require_topic`` raises."""
+        """Raises PoisonEvent if ``topic`` must not be written to, UnknownTopic."""
         self._topic.check(topic)
-        self._require_topic(topic)
+        if topic not in self._known_topics:
+            raise UnknownTopic(topic)
 
     def describe(self, relation: Relation, frame: bytes, commit_time_ms: int) -> EventDescription:
         """What can be told of an event that has no Record. Off the hot path, and content with any row.

@@ -5,7 +5,6 @@ only watches: whatever is wrong with it is said, and events go on.
 """
 
 import time
-from collections.abc import Callable
 from typing import Final
 
 from cdc_outbox.config import Config
@@ -23,14 +22,14 @@ _PATIENCE: Final = 3
 _OUTBOX: Final = Outbox("cdc_outbox", "canary", {})
 
 
-def make_canary_router(config: Config, require_topic: Callable[[str], None]) -> Router:
-    """Routes canaries and nothing else."""
+def make_canary_router(config: Config) -> Router:
+    """Routes canaries and nothing else, to a topic that is there."""
     return Router(
         _OUTBOX,
         TopicTemplate(config.canary.topic),
         config.kafka.headers,
         "/cdc-outbox/canary",
-        require_topic,
+        {config.canary.topic},
         expendable=True,
     )
 

@@ -20,7 +20,7 @@ _STUCK_SECONDS: Final = 8.0
 class Health:
     def __init__(self, slot: str, metrics: Metrics) -> None:
         self._slot = slot
-        self._metrics = metrics
+        self.metrics = metrics
         self._log = get_logger()
         self.state: State = "starting"
         self.reason = "not connected yet"
@@ -55,7 +55,7 @@ class Health:
         self.beat()
         if changed:
             self._since = time.time()
-            self._metrics.set_state(state)
+            self.metrics.set_state(state)
             if state != "halted":  # the command says that, with its exit code
                 level = self._log.warning if state == "waiting" else self._log.info
                 level(state, slot=self._slot, **({"reason": reason} if reason else {}))
@@ -73,6 +73,6 @@ class Health:
             "since": round(self._since, 3),
             "slot": self._slot,
             "confirmed_lsn": str(self.confirmed_lsn),
-            "oldest_unconfirmed_seconds": round(self._metrics.oldest_unconfirmed_seconds(), 3),
+            "oldest_unconfirmed_seconds": round(self.metrics.oldest_unconfirmed_seconds(), 3),
             "last_errors": list(self._errors),
         }

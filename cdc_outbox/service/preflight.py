@@ -3,7 +3,6 @@
 Over an ordinary connection, never over the one that streams (see `postgres.stream`).
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -30,9 +29,7 @@ class Route:
         return replace(self, routing=replace(self.routing, routers=[*self.routing.routers, router]))
 
 
-def prepare_route(
-    config: Config, connection: Connection, topic: TopicTemplate, require_topic: Callable[[str], None]
-) -> Route:
+def prepare_route(config: Config, connection: Connection, topic: TopicTemplate) -> Route:
     """Raises OperatorNeeded naming what is missing or wrong, ConfigurationError for a table name that is none."""
     catalog.check_server(connection)
     sent = check_outbox(config, connection, topic)
@@ -42,10 +39,11 @@ def prepare_route(
     source = f"/postgresql/{connection.info.dbname}/{table}"
     outbox = Outbox(table.namespace, table.name, config.outbox.columns.mapping(), sent.oids)
     encoding = encoding_of(connection)
-    router = Router(outbox, topic, config.kafka.headers, source, require_topic, encoding)
+    known_topics: set[str] = set()
+    router = Router(outbox, topic, config.kafka.headers, source, known_topics, encoding)
     takes_in_others = publication.of_all_tables or publication.of_schemas
     strays = Strays(publication.listed if takes_in_others else None, sent.ignored)
-    return Route(Routing([router], strays, encoding), sent)
+    return Route(Routing([router], strays, known_topics, encoding), sent)
 
 
 def check_outbox(config: Config, connection: Connection, topic: TopicTemplate) -> SentTable:

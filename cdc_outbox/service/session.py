@@ -5,21 +5,22 @@ decided lies in `relay`; what happens after an error, in `service.supervisor`.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import islice
 from typing import Final, Protocol
 
-from cdc_outbox.errors import BatchRefused, CdcOutboxError, OperatorNeeded, SourceUnavailable
+from cdc_outbox.errors import BatchRefused, CdcOutboxError, OperatorNeeded, PoisonEvent, SourceUnavailable
+from cdc_outbox.kafka.isolation import Isolation
 from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.relay.pipeline import Pipeline, Publisher
-from cdc_outbox.relay.router import Routing
+from cdc_outbox.relay.stops import Drained, Dry, Full, NewTopic, Parking, RedriveRefused, Requested, Stop
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.logs import get_logger
-from cdc_outbox.service.metrics import Metrics
+from cdc_outbox.service.parking import Parker
 from cdc_outbox.service.shutdown import Shutdown
-from cdc_outbox.service.state import SessionState
 from cdc_outbox.wal.lsn import LSN
+from cdc_outbox.wal.position import Position
 
 #: Under load requests fill for librdkafka's linger; when the input has run dry, a flush this long sends at once what
 #: lingers and usually sees it acknowledged. Shorter does not reach librdkafka's broker thread in time.
@@ -56,8 +57,7 @@ class SessionPublisher(Publisher, Protocol):
     def poll(self, timeout_seconds: float) -> None: ...
     def flush(self, timeout_seconds: float) -> None: ...
     def probe(self) -> None: ...
-    def publish_one_by_one(self, while_waiting: Callable[[], object]) -> None: ...
-    def publish_in_batches(self) -> int: ...
+    def publish_in_batches(self) -> None: ...
 
 
 class _DeadlinePassed(Exception):
@@ -71,20 +71,23 @@ class Session:
         self,
         stream: ReplicationStream,
         publisher: SessionPublisher,
-        routing: Routing,
-        state: SessionState,
+        pipeline: Pipeline,
+        parker: Parker,
+        require_topic: Callable[[str], None],
         shutdown: Shutdown,
         health: Health,
-        metrics: Metrics,
     ) -> None:
+        """``require_topic`` raises if a topic is not there."""
         self._stream = stream
         self._publisher = publisher
-        self._state = state
-        self._pipeline = Pipeline(routing, publisher, state, self._wait_for_room)
+        self._parker = parker
+        self._journal = parker.journal
+        self._require_topic = require_topic
+        self._pipeline = pipeline
         self._watermark = self._pipeline.watermark
         self._shutdown = shutdown
         self._health = health
-        self._metrics = metrics
+        self._metrics = health.metrics
         now = time.monotonic()
         self._sent_lsn = LSN(0)
         self._sent_at = 0.0
@@ -92,29 +95,29 @@ class Session:
         self._acknowledged_at = now
         self._health_at = now
         #: up to this event (see `reached`) each is published alone
-        self.suspected: tuple[int, int] | None = None
+        self.suspected: Position | None = None
+        self._isolation: Isolation | None = None
         #: events were settled since the last status update
         self._carried = False
 
-    def suspect(self, reached: tuple[int, int]) -> None:
+    def suspect(self, reached: Position, isolation: Isolation) -> None:
         """Among the events up to ``reached`` is one that the broker refuses: publish them one by one to find it."""
-        self.suspected = reached
-        self._publisher.publish_one_by_one(self._wait_a_moment)
+        self.suspected, self._isolation, self._pipeline.one_by_one = reached, isolation, True
 
     @property
-    def reached(self) -> tuple[int, int]:
+    def reached(self) -> Position:
         return self._pipeline.reached
 
     def run(self) -> None:
         """Relay until shutdown is requested, then drain: return when everything read is confirmed, or time is up."""
-        stream, pipeline, publisher = self._stream, self._pipeline, self._publisher
+        stream, publisher = self._stream, self._publisher
         stream.watch(self._shutdown.descriptor)
         try:
             while not self._may_stop_reading():
-                if self.suspected is None:
-                    pipeline.feed(stream.frames())
+                if self._isolation is None:
+                    self._feed(stream.frames())
                 else:
-                    self._feed_one(self.suspected)
+                    self._feed_one(self._isolation)
                 publisher.poll(0)
                 self._settle()
                 self._report(time.monotonic())
@@ -132,17 +135,68 @@ class Session:
     def unacknowledged_events(self) -> int:
         return self._watermark.outstanding
 
-    def _feed_one(self, suspected: tuple[int, int]) -> None:
-        """One frame at a time, until all that is suspected has been published alone; then in batches again."""
-        self._pipeline.feed(islice(self._stream.frames(), 1))
-        if self._pipeline.reached >= suspected:
-            self.suspected = None
-            if not self._publisher.publish_in_batches():
-                get_logger().warning(
-                    "refused_only_together",
-                    reason="Kafka refused a batch of events, and none of them alone",
-                    hint="set kafka.producer.batch.size below the smallest max.message.bytes of the topics",
+    def _feed(self, frames: Iterator[bytes]) -> None:
+        """Until they run dry, or the pipeline is drained; doing what it stops for meanwhile."""
+        while not isinstance(stop := self._pipeline.feed(frames), Dry | Drained):
+            self._act_on(stop)
+
+    def _act_on(self, stop: Stop) -> None:
+        match stop:
+            case Full():
+                self._make_room()
+            case NewTopic(topic):
+                self._look_for(topic)
+            case Parking():
+                self._parker.park(stop)
+            case Requested(request):
+                if record := self._parker.take(request):
+                    self._pipeline.redrive(request, record)
+            case RedriveRefused():
+                self._parker.refuse(stop)
+
+    def _make_room(self) -> None:
+        """Wait until less is in flight. If nothing is, no room will come."""
+        if self._publisher.in_flight:
+            self._wait_a_moment()
+            return
+        self._act_on(
+            self._pipeline.refuse(
+                PoisonEvent(
+                    "it does not fit into librdkafka's queue",
+                    reason="queue_too_small",
+                    hint="set kafka.producer.queue.buffering.max.kbytes above the largest payload",
                 )
+            )
+        )
+
+    def _look_for(self, topic: str) -> None:
+        try:
+            self._require_topic(topic)
+        except OperatorNeeded as error:
+            self._act_on(self._pipeline.refuse(error))
+        else:
+            self._pipeline.admit(topic)
+
+    def _feed_one(self, isolation: Isolation) -> None:
+        """One frame at a time, until all that is suspected has been published alone; then in batches again."""
+        self._feed(islice(self._stream.frames(), 1))
+        while not isolation.is_settled():
+            self._wait_a_moment()
+        if isolation.refusal:
+            refusal, isolation.refusal = isolation.refusal, None
+            self._act_on(self._pipeline.withdraw(refusal))
+        if self.suspected is None or self._pipeline.reached >= self.suspected:
+            self._end_isolation(isolation)
+
+    def _end_isolation(self, isolation: Isolation) -> None:
+        self.suspected, self._isolation, self._pipeline.one_by_one = None, None, False
+        self._publisher.publish_in_batches()
+        if not isolation.refused:
+            get_logger().warning(
+                "refused_only_together",
+                reason="Kafka refused a batch of events, and none of them alone",
+                hint="set kafka.producer.batch.size below the smallest max.message.bytes of the topics",
+            )
 
     def _may_stop_reading(self) -> bool:
         """On shutdown, read on to the end of the transaction at hand: stopping inside one would resend its head."""
@@ -167,14 +221,6 @@ class Session:
         if self._watermark.settled_lsn > self._sent_lsn:
             return max(0.0, self._sent_at + _CONFIRM_AFTER_SECONDS - now)
         return _IDLE_WAIT_SECONDS
-
-    def _wait_for_room(self) -> bool:
-        """As much is in flight as may be. False if nothing is: then no room will come."""
-        self._check_deadline()
-        if not self._publisher.in_flight:
-            return False
-        self._wait_a_moment()
-        return True
 
     def _wait_a_moment(self) -> None:
         """For Kafka, without reading on."""
@@ -208,7 +254,7 @@ class Session:
         """Let the watermark move over what Kafka has acknowledged, or over what the server skipped while we idle."""
         for batch in self._watermark.advance():
             if batch.redriven:
-                self._state.redriven(batch.redriven)
+                self._journal.redriven(batch.redriven)
             self._metrics.batch_settled(batch)
             self._carried |= batch.events > 0
         if not self._pipeline.in_transaction:
@@ -235,7 +281,7 @@ class Session:
     def _send_status(self, *, last: bool = False) -> None:
         now = time.monotonic()
         silent = now - self._stream.heard_at > _SILENCE_ASKED_SECONDS
-        self._state.confirming(self._watermark.settled_lsn, carried=self._carried, last=last)
+        self._journal.confirming(self._watermark.settled_lsn, carried=self._carried, last=last)
         self._carried = False
         self._sent_lsn = self._watermark.settled_lsn
         self._stream.send_status(self._sent_lsn, request_reply=silent)

@@ -10,8 +10,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, closing
-from functools import partial
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from cdc_outbox.config import Config
 from cdc_outbox.errors import (
@@ -26,7 +25,8 @@ from cdc_outbox.errors import (
 )
 from cdc_outbox.extras import install_hint
 from cdc_outbox.journal.continuity import Continuity
-from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.journal.journal import Journal, NoJournal
+from cdc_outbox.kafka.publisher import Produce, Publisher
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.postgres.connection import BoundedConnection, Connection, connect_bounded
 from cdc_outbox.postgres.monitor import Monitor
@@ -34,6 +34,7 @@ from cdc_outbox.postgres.publication import SentTable
 from cdc_outbox.postgres.server import check_same_server
 from cdc_outbox.postgres.slots import check_slot
 from cdc_outbox.postgres.stream import ReplicationStream
+from cdc_outbox.relay.pipeline import Pipeline
 from cdc_outbox.relay.router import Routing
 from cdc_outbox.relay.topic_template import TopicTemplate
 from cdc_outbox.service.canary import Canary, make_canary_router
@@ -41,11 +42,14 @@ from cdc_outbox.service.health import Health
 from cdc_outbox.service.http import HttpServer
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
+from cdc_outbox.service.parking import Parker
 from cdc_outbox.service.preflight import Route, check_outbox, prepare_route
 from cdc_outbox.service.session import Session
 from cdc_outbox.service.shutdown import Shutdown, ShutdownRequested
-from cdc_outbox.service.state import RelayState, SessionState, Stateless
 from cdc_outbox.wal.lsn import LSN
+
+if TYPE_CHECKING:
+    from cdc_outbox.wal.position import Position
 
 #: How often a standby asks for the slot.
 _STANDBY_SECONDS: Final = 0.5
@@ -80,10 +84,10 @@ class Supervisor:
         #: topics that have been there while this process ran
         self._topics_seen: set[str] = set()
         #: after a refusal by the broker: up to where the refused event must be, see `Session.suspect`
-        self._suspected: tuple[int, int] | None = None
+        self._suspected: Position | None = None
         self._failures = 0
         self._streaming_since = float("inf")
-        self._publisher_class = _publisher_class(config)
+        self._wrap = _wrap_publish(config)
         # A first producer at once: librdkafka checks its settings, and connects while PostgreSQL is connected to.
         self._next_publisher: Publisher | None = self._make_publisher()
 
@@ -121,26 +125,26 @@ class Supervisor:
                 connection = stack.enter_context(closing(connect_bounded(self._dsn)))
                 stream = stack.enter_context(ReplicationStream(self._dsn))
                 check_same_server(connection, stream.identify())
-                route = self._prepare(connection, publisher)
+                topics = Topics(publisher, create=self._config.kafka.create_topics, ever_seen=self._topics_seen)
+                route = self._prepare(connection, topics)
                 if self._take_slot(connection, stream, publisher):
-                    route = self._prepare(connection, publisher)
-                state = self._make_state(connection, stream, route.sent)
+                    route = self._prepare(connection, topics)
+                journal = self._make_journal(connection, stream, route.sent)
             self._streaming_since = time.monotonic()
             self._health.become("streaming")
-            self._relay(stream, publisher, route.routing, state)
+            self._relay(stream, publisher, topics, route.routing, journal)
 
-    def _prepare(self, connection: Connection, publisher: Publisher) -> Route:
+    def _prepare(self, connection: Connection, topics: Topics) -> Route:
         """See that all is there that streaming needs. Raises what says why not."""
         config = self._config
-        topics = Topics(publisher, create=config.kafka.create_topics, ever_seen=self._topics_seen)
-        route = prepare_route(config, connection, self._topic, topics.require_for_event)
+        route = prepare_route(config, connection, self._topic)
         check_slot(connection, config.postgres.slot)
         # A relay that cannot reach Kafka must not keep the slot from one that can.
         topics.connect()
         if not self._topic.fields:
             topics.require(self._topic.text)
         if self._canary.prepare(topics):
-            return route.also(make_canary_router(config, topics.require))
+            return route.also(make_canary_router(config))
         return route
 
     def _take_slot(self, connection: Connection, stream: ReplicationStream, publisher: Publisher) -> bool:
@@ -159,10 +163,26 @@ class Supervisor:
             else:
                 return self._health.state == "standby"
 
-    def _relay(self, stream: ReplicationStream, publisher: Publisher, routing: Routing, state: SessionState) -> None:
-        session = Session(stream, publisher, routing, state, self._shutdown, self._health, self._metrics)
+    def _relay(
+        self,
+        stream: ReplicationStream,
+        publisher: Publisher,
+        topics: Topics,
+        routing: Routing,
+        journal: Journal | NoJournal,
+    ) -> None:
+        parker = Parker(journal, self._metrics, keeps=self._config.relay.on_poison == "dead-letter")
+        session = Session(
+            stream,
+            publisher,
+            Pipeline(routing, publisher, journal.settled),
+            parker,
+            topics.require_for_event,
+            self._shutdown,
+            self._health,
+        )
         if self._suspected:
-            session.suspect(self._suspected)
+            session.suspect(self._suspected, publisher.isolate())
         try:
             session.run()
         except BatchRefused:
@@ -178,15 +198,16 @@ class Supervisor:
                 hint="they are not lost: the slot keeps them, the next start publishes them",
             )
 
-    def _make_state(self, connection: BoundedConnection, stream: ReplicationStream, sent: SentTable) -> SessionState:
+    def _make_journal(
+        self, connection: BoundedConnection, stream: ReplicationStream, sent: SentTable
+    ) -> Journal | NoJournal:
         config = self._config
         if self._continuity.is_noted:
             slot = check_slot(connection, config.postgres.slot)
-            return RelayState(
+            return Journal(
                 connection,
                 self._continuity,
-                self._metrics,
-                config=config,
+                slot=config.postgres.slot,
                 confirmed=slot.confirmed_lsn or LSN(0),
                 sent=sent,
                 walsender_pid=stream.backend_pid,
@@ -196,7 +217,7 @@ class Supervisor:
         if config.relay.on_poison == "dead-letter":
             raise OperatorNeeded(f'relay.on_poison = "dead-letter", but {trouble}', hint=hint)
         self._log.warning("gaps_not_noticed", reason=f"{trouble}: a slot made anew would not be noticed", hint=hint)
-        return Stateless()
+        return NoJournal()
 
     def _recover(self, error: UnavailableError) -> None:
         """Wait before the next attempt: longer each time, and not in step with other relays."""
@@ -214,11 +235,12 @@ class Supervisor:
         self._shutdown.sleep(backoff_seconds * random.uniform(0.5, 1.0))  # noqa: S311 - jitter is not cryptography
 
     def _make_publisher(self) -> Publisher:
-        return self._publisher_class(
+        return Publisher(
             self._bootstrap_servers,
             self._config.kafka.producer,
             max_in_flight=self._config.relay.max_in_flight,
             count_failure=self._metrics.publish_failed,
+            wrap=self._wrap,
         )
 
     def _look_again_and_again(self) -> None:
@@ -244,14 +266,17 @@ class Supervisor:
             self._log.error("monitor_failed", exc_info=error)
 
 
-def _publisher_class(config: Config) -> Callable[..., Publisher]:
-    """Raises ConfigurationError if tracing is asked for and its libraries are not there."""
+def _wrap_publish(config: Config) -> Callable[[Produce], Produce]:
+    """What stands around the hot call: nothing, or tracing.
+
+    Raises ConfigurationError if tracing is asked for and its libraries are not there.
+    """
     if not config.tracing.enabled:
-        return Publisher
+        return lambda produce: produce
     try:
-        from cdc_outbox.kafka.tracing import TracingPublisher, start_tracing
+        from cdc_outbox.kafka.tracing import start_tracing, traced
     except ImportError as error:
         raise ConfigurationError(
             f"tracing.enabled, but {error.name} is not installed", hint=install_hint("otel")
         ) from error
-    return partial(TracingPublisher, provider=start_tracing())
+    return traced(start_tracing())

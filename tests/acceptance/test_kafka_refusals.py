@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from confluent_kafka import KafkaError, KafkaException
+from confluent_kafka import KafkaError
 from confluent_kafka.admin import AdminClient
 
 from acceptance.conftest import StartRelay
 from cdc_outbox.demo.ports import free_port
-from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.errors import PoisonEvent
+from cdc_outbox.kafka.isolation import Isolation
 from fault.mock_kafka import MockKafka, mock_kafka
 from support import command
 from support.observing import delivered_ids, readyz, readyz_state
@@ -247,21 +248,19 @@ def test_a_refusal_and_a_missing_topic_in_one_transaction(lenient: World, start_
 
 
 def test_unexpected_answers_are_counted_whatever_comes_between(
-    lenient: World, mock: MockKafka, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("cdc_outbox.kafka.publisher._FIRST_PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr("cdc_outbox.kafka.publisher._LONGEST_PAUSE_SECONDS", 0.01)
-    publisher = Publisher(mock.bootstrap_servers, {}, max_in_flight=10)
-    publisher.publish_one_by_one(lambda: publisher.poll(0.01))
+    monkeypatch.setattr("cdc_outbox.kafka.isolation._FIRST_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr("cdc_outbox.kafka.isolation._LONGEST_PAUSE_SECONDS", 0.01)
     sent: list[int] = []
     answers = [KafkaError._TRANSPORT] * 7 + [FROM_THE_FUTURE] * 3 + [KafkaError._TRANSPORT] + [FROM_THE_FUTURE] * 10
 
-    def deliver(*_: object) -> KafkaError:
+    def produce(*event: Any) -> None:
         sent.append(answers[len(sent)])
-        return KafkaError(sent[-1])
+        event[4](KafkaError(sent[-1]), None)
 
-    monkeypatch.setattr(publisher, "_deliver", deliver)
-    with pytest.raises(KafkaException):
-        publisher.publish("outbox.event", b"", b"", -1, lambda *_: None, None, 0, [])
+    isolation = Isolation(produce, lambda _topic, _reason: None)
+    isolation.publish("outbox.event", b"", b"", -1, lambda *_: pytest.fail("nobody took it"), None, 0, [])
+    wait_until(isolation.is_settled, "it is given up")
+    assert isinstance(isolation.refusal, PoisonEvent)
     assert sent.count(FROM_THE_FUTURE) == 5
-    publisher.close()

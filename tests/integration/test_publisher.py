@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from cdc_outbox.demo.ports import free_port
-from cdc_outbox.errors import BatchRefused, BrokerUnavailable, OperatorNeeded, PoisonEvent
+from cdc_outbox.errors import BatchRefused, BrokerUnavailable, CdcOutboxError, OperatorNeeded, PoisonEvent
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.topics import Topics
 from support.java_partitioner import partition_of
@@ -145,28 +145,28 @@ def test_a_producer_that_died_of_a_refusal_says_so_at_the_next_publish(publisher
     assert isinstance(publisher.explain(refusal, name), BatchRefused)
 
 
-def test_one_by_one_the_culprit_is_named_and_the_innocents_land(publisher: Publisher, kafka: str) -> None:
+def test_one_by_one_the_refused_event_is_found_and_the_others_arrive(publisher: Publisher, kafka: str) -> None:
     name = f"test.{uuid.uuid4().hex}"
     create_topic(kafka, name, partitions=1, **{"max.message.bytes": "2000"})
-    waits: list[int] = []
-
-    def while_waiting() -> None:
-        waits.append(publisher.in_flight)
-        publisher.poll(0.05)
 
     def publish(value: bytes) -> None:
         publisher.publish(name, value, b"k", -1, publisher_callback, None, 0, [("id", b"e-1")])
 
-    publisher.publish_one_by_one(while_waiting)
+    def settle() -> CdcOutboxError | None:
+        while not isolation.is_settled():
+            publisher.poll(0.05)
+        assert publisher.in_flight == 0
+        return isolation.refusal
+
+    isolation = publisher.isolate()
     for number in range(5):
         publish(b"before %d" % number)
-        assert publisher.in_flight == 0, "acknowledged when it returns"
-        with pytest.raises(publisher.refusal) as caught:
-            publish(INCOMPRESSIBLE)
-        error = publisher.explain(caught.value, name)
+        assert settle() is None
+        publish(INCOMPRESSIBLE)
+        error = settle()
         assert isinstance(error, PoisonEvent)
         assert error.reason == "MSG_SIZE_TOO_LARGE"
-    assert waits
+    assert isolation.refused == 5
     publisher.publish_in_batches()
     publish(b"after")
     flush(publisher)

@@ -8,9 +8,10 @@ import psycopg
 import pytest
 from psycopg import conninfo
 
-from cdc_outbox.config import ColumnsConfig, Config
+from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.errors import OperatorNeeded
 from cdc_outbox.journal.continuity import Continuity
+from cdc_outbox.journal.journal import Journal
 from cdc_outbox.journal.settlement import Settlement
 from cdc_outbox.operations import migrations, pruning
 from cdc_outbox.operations.event_status import StuckRow, stuck_rows
@@ -18,8 +19,6 @@ from cdc_outbox.postgres import catalog
 from cdc_outbox.postgres.connection import BoundedConnection, connect, connect_bounded
 from cdc_outbox.postgres.publication import check_publication
 from cdc_outbox.postgres.stream import ReplicationStream
-from cdc_outbox.service.metrics import Metrics
-from cdc_outbox.service.state import RelayState
 from cdc_outbox.wal.lsn import LSN
 from support.waiting import wait_until
 from support.world import World
@@ -317,30 +316,28 @@ def test_what_was_settled_while_a_snapshot_waited_is_noted_too(
     continuity.check(migrated.db, stream.identify())
     stream.start(migrated.slot, "cdc_outbox")
     sent = check_publication(migrated.db, "cdc_outbox", catalog.find_table(migrated.db, "public.outbox"))
-    config = Config(postgres={"dsn": migrated.dsn, "slot": migrated.slot})
-    state = RelayState(
+    journal = Journal(
         bounded,
         continuity,
-        Metrics(),
-        config=config,
+        slot=migrated.slot,
         confirmed=confirmed,
         sent=sent,
         walsender_pid=stream.backend_pid,
     )
     insert(migrated.db, "before the snapshot")
-    state.confirming(confirmed, carried=True)
+    journal.confirming(confirmed, carried=True)
     insert(migrated.db, "while it waits")
-    state.confirming(confirmed, carried=True)
-    state.confirming(end_of_log(migrated), carried=False)
+    journal.confirming(confirmed, carried=True)
+    journal.confirming(end_of_log(migrated), carried=False)
     assert published(migrated) == {"before the snapshot"}
-    state.confirming(end_of_log(migrated), carried=False)
+    journal.confirming(end_of_log(migrated), carried=False)
     assert published(migrated) == {"before the snapshot", "while it waits"}
     notes = "SELECT count(*) FROM cdc_outbox.settled"
-    state.confirming(end_of_log(migrated), carried=False)  # a second look
-    state.confirming(end_of_log(migrated), carried=False)
+    journal.confirming(end_of_log(migrated), carried=False)  # a second look
+    journal.confirming(end_of_log(migrated), carried=False)
     before = migrated.db.execute(notes).fetchone()
     for _ in range(3):
-        state.confirming(end_of_log(migrated), carried=False)
+        journal.confirming(end_of_log(migrated), carried=False)
     assert migrated.db.execute(notes).fetchone() == before  # an idle relay has nothing to add
 
 

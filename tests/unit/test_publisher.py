@@ -4,8 +4,8 @@ import pytest
 from confluent_kafka import KafkaError
 
 from cdc_outbox.errors import BatchRefused, BrokerUnavailable, ConfigurationError, PoisonEvent, TopicRefused
-from cdc_outbox.kafka.publisher import Publisher, _explain
-from cdc_outbox.kafka.refusals import _VERDICTS, denies_us
+from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.kafka.refusals import _VERDICTS, denies_us, explain
 
 PROMISES = (
     "acks",
@@ -63,7 +63,7 @@ def test_other_keys_are_passed_on() -> None:
 )
 def test_every_failure_says_what_to_do(code: int, together: type[Exception], alone: type[Exception]) -> None:
     for is_alone, kind in ((False, together), (True, alone)):
-        error = _explain(KafkaError(code), "outbox.a", alone=is_alone)
+        error = explain(KafkaError(code), "outbox.a", alone=is_alone)
         assert type(error) is kind
         assert "outbox.a" in error.message
 

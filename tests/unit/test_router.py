@@ -1,15 +1,16 @@
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import pytest
 
 from cdc_outbox.errors import ConfigurationError, MalformedStream, OperatorNeeded, PoisonEvent
 from cdc_outbox.relay.headers import HeaderStyle
-from cdc_outbox.relay.router import Outbox, Record, Router, Strays
+from cdc_outbox.relay.router import Outbox, Record, Router, Strays, UnknownTopic
 from cdc_outbox.relay.topic_template import TopicTemplate
 from cdc_outbox.wal.encodings import Encoding
 from cdc_outbox.wal.pgoutput import Column, Relation
 from support import frames
+from support.topics import ANY_TOPIC
 
 JSON, JSONB, TEXT, BYTEA, UUID, TIMESTAMPTZ = 114, 3802, 25, 17, 2950, 1184
 COLUMNS = {
@@ -47,10 +48,9 @@ def route(
     topic: str = "outbox.{aggregate_type}",
     pattern: str | None = None,
     style: HeaderStyle = "plain",
-    require_topic: Callable[[str], None] = lambda _: None,
 ) -> Record:
     outbox = Outbox("public", "outbox", fields)
-    router = Router(outbox, TopicTemplate(topic, pattern), style, "/postgresql/db/public.outbox", require_topic)
+    router = Router(outbox, TopicTemplate(topic, pattern), style, "/postgresql/db/public.outbox", ANY_TOPIC)
     plan = router.compile(relation(columns))
     assert plan
     frame = frames.insert(7, [row[name] for name in columns])
@@ -114,7 +114,7 @@ def test_headers_that_cannot_be_sent_are_poison_and_kept(headers: bytes) -> None
         route({**ROW, "headers": headers})
     assert caught.value.reason == "headers_unreadable"
     outbox = Outbox("public", "outbox", {})
-    router = Router(outbox, TopicTemplate("outbox.{aggregate_type}"), "plain", "", lambda _: None)
+    router = Router(outbox, TopicTemplate("outbox.{aggregate_type}"), "plain", "", ANY_TOPIC)
     row = {**ROW, "headers": headers}
     described = router.describe(relation(COLUMNS), frames.insert(7, [row[name] for name in COLUMNS]), 1)
     assert described.event_id == "e-1"
@@ -126,7 +126,7 @@ LATIN1, ASCII = Encoding("iso8859_1"), Encoding("utf-8")
 
 def stored_router(encoding: Encoding) -> Router:
     outbox = Outbox("public", "outbox", {})
-    return Router(outbox, TopicTemplate("{aggregate_type}"), "plain", "", lambda _: None, encoding)
+    return Router(outbox, TopicTemplate("{aggregate_type}"), "plain", "", ANY_TOPIC, encoding)
 
 
 def route_stored(row: dict[str, bytes | None], encoding: Encoding) -> Record:
@@ -217,15 +217,18 @@ def test_topic_of_several_columns_and_of_none() -> None:
     assert route(ROW, topic="all").topic == "all"
 
 
-def test_a_topic_is_required_once() -> None:
-    asked: list[str] = []
-    outbox = Outbox("public", "outbox", FIELDS)
-    router = Router(outbox, TopicTemplate("outbox.{aggregate_type}"), "plain", "", asked.append)
-    plan = router.compile(relation(COLUMNS))
+def test_an_event_of_a_topic_that_nobody_knows_waits() -> None:
+    outbox, known = Outbox("public", "outbox", FIELDS), {"outbox.a"}
+    plan = Router(outbox, TopicTemplate("outbox.{aggregate_type}"), "plain", "", known).compile(relation(COLUMNS))
     assert plan
-    for kind in (b"a", b"b", b"a"):
-        plan.read(frames.insert(7, [{**ROW, "aggregate_type": kind}[name] for name in COLUMNS]), 1)
-    assert asked == ["outbox.a", "outbox.b"]
+    first, second = (
+        frames.insert(7, [{**ROW, "aggregate_type": kind}[name] for name in COLUMNS]) for kind in (b"a", b"b")
+    )
+    assert plan.read(first, 1)[0] == "outbox.a"
+    with pytest.raises(UnknownTopic, match=r"outbox\.b"):
+        plan.read(second, 1)
+    known.add("outbox.b")
+    assert plan.read(second, 1)[0] == "outbox.b"
 
 
 @pytest.mark.parametrize("name", [b"a b", "ä".encode(), b"a/b", b"", b"x" * 250, b"a\n", b"\xff"])
@@ -288,7 +291,7 @@ def test_a_payload_of_another_type_is_refused() -> None:
 
 
 def test_other_relations_have_no_plan() -> None:
-    router = Router(Outbox("app", "outbox", FIELDS), TopicTemplate("t"), "plain", "", lambda _: None)
+    router = Router(Outbox("app", "outbox", FIELDS), TopicTemplate("t"), "plain", "", ANY_TOPIC)
     assert router.compile(relation(COLUMNS)) is None
 
 
@@ -306,7 +309,7 @@ def test_rows_keep_the_name_that_their_column_had_when_they_were_written() -> No
 
 def test_a_table_is_known_by_its_oid_whatever_it_was_called() -> None:
     outbox = Outbox("public", "renamed_since", FIELDS, frozenset({7}))
-    router = Router(outbox, TopicTemplate("t"), "plain", "", lambda _: None)
+    router = Router(outbox, TopicTemplate("t"), "plain", "", ANY_TOPIC)
     assert router.compile(relation(COLUMNS))
 
 
@@ -337,7 +340,7 @@ def test_a_table_is_named_so_that_the_name_can_be_used() -> None:
 
 @pytest.mark.parametrize("style", ["plain", "debezium", "cloudevents"])
 def test_a_description_has_the_headers_that_its_record_would_have(style: HeaderStyle) -> None:
-    router = Router(Outbox("public", "outbox", FIELDS), TopicTemplate("events"), style, "/source", lambda _: None)
+    router = Router(Outbox("public", "outbox", FIELDS), TopicTemplate("events"), style, "/source", ANY_TOPIC)
     outbox = relation(COLUMNS)
     frame = frames.insert(7, list({**ROW, "headers": b'{"x": "y"}'}.values()))
     plan = router.compile(outbox)

@@ -1,56 +1,53 @@
-"""The relay's state in schema cdc_outbox, for one session: dead letters, and notes of what is and may be confirmed.
+"""The journal of one session: what the relay remembers beside the log, in schema cdc_outbox.
 
-Over a connection of its own, from the session's thread, and synchronously: an event is settled when its dead letter is
-committed, and nothing is confirmed beyond what was noted. If the connection breaks, the session ends and starts anew.
+Events that can never be published are kept here; redrives are looked up and recorded; and what is confirmed is noted
+beforehand. Over a connection of its own, from the session's thread, and synchronously: an event is settled when its
+row is committed, and nothing is confirmed beyond what was noted. If the connection breaks, the session ends.
 """
 
 import json
 import time
-from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final, Protocol
+from typing import Final
 
-from cdc_outbox.config import Config
-from cdc_outbox.errors import PoisonEvent, ServerStopping, TopicRefused
+from cdc_outbox.errors import BrokenInvariant, PoisonEvent, ServerStopping
 from cdc_outbox.journal import dead_letters
 from cdc_outbox.journal.continuity import HEADROOM_BYTES, Continuity
 from cdc_outbox.journal.settlement import Settlement
 from cdc_outbox.postgres.connection import BoundedConnection
 from cdc_outbox.postgres.publication import SentTable
-from cdc_outbox.relay.dead_letters import DeadLetter, DeadLetters, RedriveRequest
 from cdc_outbox.relay.headers import Headers
+from cdc_outbox.relay.requests import RedriveRequest
 from cdc_outbox.relay.router import Record
-from cdc_outbox.service.logs import get_logger
-from cdc_outbox.service.metrics import Metrics
+from cdc_outbox.relay.stops import Parking
 from cdc_outbox.wal.lsn import LSN
+from cdc_outbox.wal.position import Position
 
-_LONGEST_SHOWN: Final = 200
 #: While events flow the note is renewed so often, so that it tells much even after a crash.
 _NOTE_EVERY_SECONDS: Final = 1.0
 
 
-class SessionState(DeadLetters, Protocol):
-    """What the session asks on top of what the pipeline does."""
+@dataclass(frozen=True, slots=True)
+class PassedOver:
+    """Nothing is to be done about a request; ``state`` of what it is about says why."""
 
-    def confirming(self, lsn: LSN, *, carried: bool, last: bool = False) -> None: ...
-    def redriven(self, requests: Sequence[tuple[int, int]]) -> None: ...
+    state: str
 
 
-class Stateless:
-    """Keeps nothing and notes nothing: for `tail`, and for a database that has no schema cdc_outbox. Poison stops."""
+class NoJournal:
+    """Keeps nothing and notes nothing: for `tail`, and for a database that has no schema cdc_outbox."""
 
-    def put(self, letter: DeadLetter) -> None:
-        raise stopped_by(letter)
+    settled: Sequence[Position] = ()
 
-    def settled_ordinals(self, commit_lsn: int) -> frozenset[int]:  # noqa: ARG002
-        return frozenset()
+    def park(self, parking: Parking) -> bool:
+        raise BrokenInvariant(f"event {parking.position} cannot be parked: there is no journal")
 
-    def take(self, request: RedriveRequest) -> Record | None:
-        get_logger().warning("redrive_passed_over", dead_letter=request.dead_letter_id, state="not ours to read")
-        return None
+    def take(self, request: RedriveRequest) -> PassedOver:  # noqa: ARG002
+        return PassedOver("not ours to read")
 
-    def refused_again(self, request: RedriveRequest, poison: PoisonEvent) -> None:
+    def redrive_refused(self, request: RedriveRequest, poison: PoisonEvent) -> None:
         """`take` gives nothing that could be."""
 
     def redriven(self, requests: Sequence[tuple[int, int]]) -> None:
@@ -60,28 +57,24 @@ class Stateless:
         """Of no interest here."""
 
 
-class RelayState:
+class Journal:
     def __init__(
         self,
         connection: BoundedConnection,
         continuity: Continuity,
-        metrics: Metrics,
         *,
-        config: Config,
+        slot: str,
         confirmed: LSN,
         sent: SentTable,
         walsender_pid: int,
     ) -> None:
-        """``confirmed`` is where the slot stands: dead letters after it may come by once more. ``walsender_pid`` is the
+        """``confirmed`` is where the slot stands: events after it may arrive once more. ``walsender_pid`` is the
         stream's, which has the slot.
         """
         self._connection = connection
         self._continuity = continuity
-        self._metrics = metrics
-        self._slot = slot = config.postgres.slot
-        self._on_poison = config.relay.on_poison
+        self._slot = slot
         self._walsender_pid = walsender_pid
-        self._log = get_logger()
         self._settlement = Settlement(connection, slot, continuity.system_identifier, sent, confirmed=confirmed)
         self._noted_at = time.monotonic()
         #: events were confirmed since
@@ -89,27 +82,22 @@ class RelayState:
         self._is_server_stopping = False
         #: dead letters that are published again and not acknowledged yet
         self._in_flight: set[int] = set()
-        settled: defaultdict[int, set[int]] = defaultdict(set)
-        system = continuity.system_identifier
-        for commit_lsn, ordinal in dead_letters.settled_since(connection, system, slot, confirmed):
-            settled[commit_lsn].add(ordinal)
-        self._settled = {commit_lsn: frozenset(ordinals) for commit_lsn, ordinals in settled.items()}
+        #: events that are kept here, and that the stream may bring once more
+        self.settled: Sequence[Position] = dead_letters.settled_since(
+            connection, continuity.system_identifier, slot, confirmed
+        )
 
-    def put(self, letter: DeadLetter) -> None:
-        """Raises PoisonEvent unless dead letters are asked for; TopicRefused for an expendable event."""
-        if letter.expendable:
-            raise TopicRefused(letter.poison.message, topic=letter.event.topic or "", hint=letter.poison.hint)
-        if self._on_poison == "stop":
-            raise stopped_by(letter)
-        event, poison = letter.event, letter.poison
-        is_new = dead_letters.put(
+    def park(self, parking: Parking) -> bool:
+        """Keep an event that can never be published; it is settled when this returns. False if it was kept before."""
+        event, poison = parking.event, parking.poison
+        return dead_letters.put(
             self._connection,
             {
                 "system_identifier": self._continuity.system_identifier,
                 "slot": self._slot,
-                "commit_lsn": str(letter.commit_lsn),
-                "ordinal": letter.ordinal,
-                "committed_at": datetime.fromtimestamp(letter.commit_time_ms / 1000, UTC),
+                "commit_lsn": str(LSN(parking.position.commit_lsn)),
+                "ordinal": parking.position.ordinal,
+                "committed_at": datetime.fromtimestamp(parking.commit_time_ms / 1000, UTC),
                 "event_id": event.event_id,
                 "aggregate_type": event.aggregate_type,
                 "aggregate_id": event.aggregate_id,
@@ -122,44 +110,32 @@ class RelayState:
                 "detail": poison.message,
             },
         )
-        if is_new:
-            self._metrics.dead_letters.labels(letter.refused_by, poison.reason).inc()
-        self._log.warning(
-            "dead_lettered",
-            event_id=_shown(event.event_id),
-            topic=_shown(event.topic),
-            commit_lsn=str(letter.commit_lsn),
-            ordinal=letter.ordinal,
-            reason=poison.message,
-        )
 
-    def settled_ordinals(self, commit_lsn: int) -> frozenset[int]:
-        return self._settled.get(commit_lsn, frozenset())
+    def take(self, request: RedriveRequest) -> Record | PassedOver | None:
+        """What is to be published; None if the request is another relay's, or was carried out before a crash.
 
-    def take(self, request: RedriveRequest) -> Record | None:
-        """Of its own rows only: what else the requester wrote may not be visible yet."""
+        Of the relay's own rows only: what else the requester wrote may not be visible yet.
+        """
         if request.slot != self._slot or dead_letters.has_outcome(self._connection, request.id):
-            return None  # another relay's, or carried out before a crash
+            return None
         letter = dead_letters.to_redrive(self._connection, request.dead_letter_id)
         state = letter["state"] if letter else "unknown"
         if letter is None or state in ("redriven", "discarded") or request.dead_letter_id in self._in_flight:
-            self._log.warning("redrive_passed_over", dead_letter=request.dead_letter_id, state=state)
             dead_letters.passed_over(self._connection, request.id, request.dead_letter_id)
-            return None
+            return PassedOver(state)
         topic = request.topic or letter["topic"] or ""
         key = request.key if request.key is not None else letter["key"] or b""
-        self._log.info("redriving", dead_letter=request.dead_letter_id, topic=topic)
         self._in_flight.add(request.dead_letter_id)
         return Record(topic, letter["payload"], key, _headers_from_json(letter["headers"]))
 
-    def refused_again(self, request: RedriveRequest, poison: PoisonEvent) -> None:
+    def redrive_refused(self, request: RedriveRequest, poison: PoisonEvent) -> None:
         self._in_flight.discard(request.dead_letter_id)
-        self._log.warning("redrive_refused", dead_letter=request.dead_letter_id, reason=poison.message)
         dead_letters.refused_again(
             self._connection, request.id, request.dead_letter_id, reason=poison.reason, detail=poison.message
         )
 
     def redriven(self, requests: Sequence[tuple[int, int]]) -> None:
+        """Ids of requests, and of the dead letters that Kafka has acknowledged now."""
         dead_letters.redriven(self._connection, dict(requests))
         self._in_flight.difference_update(dead_letter_id for _, dead_letter_id in requests)
 
@@ -197,26 +173,6 @@ class RelayState:
 
     def _note(self, lsn: LSN, *, limit: LSN) -> None:
         self._continuity.note(self._connection, lsn, limit=limit, walsender_pid=self._walsender_pid)
-
-
-def stopped_by(letter: DeadLetter) -> PoisonEvent:
-    """Names everything but the payload."""
-    event = letter.event
-    return PoisonEvent(
-        f"event {_shown(event.event_id)} of aggregate {_shown(event.aggregate_id)} for topic "
-        f"{_shown(event.topic)} can never be published: {letter.poison.message} "
-        f"(event {letter.ordinal} of the transaction that commits at {letter.commit_lsn})",
-        reason=letter.poison.reason,
-        hint=f'{letter.poison.hint or "correct what writes such rows"}; or set relay.on_poison = "dead-letter"',
-    )
-
-
-def _shown(value: str | None) -> str:
-    """On one line, of what may be of any length and hold anything."""
-    if value is None:
-        return "(none)"
-    short = value if len(value) <= _LONGEST_SHOWN else f"{value[:_LONGEST_SHOWN]}..."
-    return short if short.isprintable() else repr(short)
 
 
 def _headers_to_json(headers: Headers) -> str:

@@ -1,0 +1,60 @@
+"""Requests: what an operator asks of the relay, by a row of a published table that comes through the log.
+
+A request's row carries all that is needed to act on it: what else its transaction wrote may not be visible yet.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from cdc_outbox.errors import OperatorNeeded
+from cdc_outbox.wal.encodings import Encoding
+from cdc_outbox.wal.pgoutput import Relation
+from cdc_outbox.wal.row_plan import compile_insert_reader
+
+#: The header of an event that is published again; its value is the dead letter's id.
+REDRIVEN_HEADER: Final = "cdc-outbox-redriven"
+_REDRIVES: Final = ("cdc_outbox", "redrive_request")
+_COLUMNS: Final = ("id", "slot", "dead_letter_id", "topic", "key")
+
+
+@dataclass(frozen=True, slots=True)
+class RedriveRequest:
+    """Publish a dead letter again."""
+
+    id: int
+    #: the slot whose relay is meant
+    slot: str
+    dead_letter_id: int
+    #: in place of the dead letter's own
+    topic: str | None
+    key: bytes | None
+
+
+#: Of an Insert frame.
+ReadRequest = Callable[[bytes], RedriveRequest]
+
+
+def compile_request_reader(relation: Relation, encoding: Encoding) -> ReadRequest | None:
+    """None if ``relation`` holds no requests. Raises OperatorNeeded if it lacks a column."""
+    if (relation.namespace, relation.name) != _REDRIVES:
+        return None
+    try:
+        read = compile_insert_reader(relation, _COLUMNS)
+    except ValueError as error:
+        raise OperatorNeeded(
+            f"a request in {relation} comes without one of its columns",
+            hint="let the publication have the table without a column list",
+        ) from error
+
+    def read_request(frame: bytes) -> RedriveRequest:
+        number, slot, dead_letter_id, topic, key = read(frame)
+        return RedriveRequest(
+            int(number),
+            encoding.text(slot),
+            int(dead_letter_id),
+            None if topic is None else encoding.text(topic),
+            None if key is None else encoding.text(key).encode(),
+        )
+
+    return read_request

@@ -1,0 +1,67 @@
+"""Why the pipeline stopped: what the session has to do before it feeds the pipeline again."""
+
+from dataclasses import dataclass
+from typing import Final, TypeAlias
+
+from cdc_outbox.errors import PoisonEvent
+from cdc_outbox.relay.requests import RedriveRequest
+from cdc_outbox.relay.router import EventDescription
+from cdc_outbox.wal.position import Position
+
+
+@dataclass(frozen=True, slots=True)
+class Dry:
+    """The frames that have arrived are all carried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """The pipeline is draining, and stands between two transactions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Full:
+    """As much is in flight as may be; an event waits for room."""
+
+
+@dataclass(frozen=True, slots=True)
+class NewTopic:
+    """An event waits until somebody has looked whether its topic is there: `Pipeline.admit`, or `Pipeline.refuse`."""
+
+    topic: str
+
+
+@dataclass(frozen=True, slots=True)
+class Parking:
+    """An event can never be published. It is settled once it is kept durably."""
+
+    event: EventDescription
+    position: Position
+    commit_time_ms: int
+    poison: PoisonEvent
+    #: the topic that has refused it; empty if it came to none: what data says of it may be anything
+    refused_by: str = ""
+    #: nobody would miss it
+    expendable: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """An operator asks for something; `Pipeline.redrive` carries it out, at this place of the stream."""
+
+    request: RedriveRequest
+
+
+@dataclass(frozen=True, slots=True)
+class RedriveRefused:
+    """What was to be published again can still not be."""
+
+    request: RedriveRequest
+    poison: PoisonEvent
+
+
+Stop: TypeAlias = Dry | Drained | Full | NewTopic | Parking | Requested | RedriveRefused
+
+DRY: Final = Dry()
+DRAINED: Final = Drained()
+FULL: Final = Full()

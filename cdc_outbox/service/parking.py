@@ -1,0 +1,90 @@
+"""Parking: what the session does about events that can never be published, and about requests to try them again.
+
+The configuration decides whether such an event is kept or ends the relay; the journal keeps it; log and metrics tell.
+"""
+
+from collections.abc import Sequence
+from typing import Final, Protocol
+
+from cdc_outbox.errors import PoisonEvent, TopicRefused
+from cdc_outbox.journal.journal import PassedOver
+from cdc_outbox.relay.requests import RedriveRequest
+from cdc_outbox.relay.router import Record
+from cdc_outbox.relay.stops import Parking, RedriveRefused
+from cdc_outbox.service.logs import get_logger
+from cdc_outbox.service.metrics import Metrics
+from cdc_outbox.wal.lsn import LSN
+
+_LONGEST_SHOWN: Final = 200
+
+
+class SessionJournal(Protocol):
+    """What the session needs of `journal.journal`, which says what each does."""
+
+    def park(self, parking: Parking) -> bool: ...
+    def take(self, request: RedriveRequest) -> Record | PassedOver | None: ...
+    def redrive_refused(self, request: RedriveRequest, poison: PoisonEvent) -> None: ...
+    def redriven(self, requests: Sequence[tuple[int, int]]) -> None: ...
+    def confirming(self, lsn: LSN, *, carried: bool, last: bool = False) -> None: ...
+
+
+class Parker:
+    def __init__(self, journal: SessionJournal, metrics: Metrics, *, keeps: bool) -> None:
+        """``keeps``: relay.on_poison is "dead-letter"; else the first such event is raised."""
+        self.journal = journal
+        self._metrics = metrics
+        self._keeps = keeps
+        self._log = get_logger()
+
+    def park(self, parking: Parking) -> None:
+        """Raises PoisonEvent unless such events are kept; TopicRefused for an expendable one."""
+        event, poison = parking.event, parking.poison
+        if parking.expendable:
+            raise TopicRefused(poison.message, topic=event.topic or "", hint=poison.hint)
+        if not self._keeps:
+            raise _stopped_by(parking)
+        if self.journal.park(parking):
+            self._metrics.dead_letters.labels(parking.refused_by, poison.reason).inc()
+        self._log.warning(
+            "dead_lettered",
+            event_id=_shown(event.event_id),
+            topic=_shown(event.topic),
+            commit_lsn=str(LSN(parking.position.commit_lsn)),
+            ordinal=parking.position.ordinal,
+            reason=poison.message,
+        )
+
+    def take(self, request: RedriveRequest) -> Record | None:
+        """What is to be published again; None if nothing is."""
+        found = self.journal.take(request)
+        if isinstance(found, PassedOver):
+            self._log.warning("redrive_passed_over", dead_letter=request.dead_letter_id, state=found.state)
+            return None
+        if found:
+            self._log.info("redriving", dead_letter=request.dead_letter_id, topic=found.topic)
+        return found
+
+    def refuse(self, refused: RedriveRefused) -> None:
+        request, poison = refused.request, refused.poison
+        self._log.warning("redrive_refused", dead_letter=request.dead_letter_id, reason=poison.message)
+        self.journal.redrive_refused(request, poison)
+
+
+def _stopped_by(parking: Parking) -> PoisonEvent:
+    """Names everything but the payload."""
+    event, position, poison = parking.event, parking.position, parking.poison
+    return PoisonEvent(
+        f"event {_shown(event.event_id)} of aggregate {_shown(event.aggregate_id)} for topic "
+        f"{_shown(event.topic)} can never be published: {poison.message} "
+        f"(event {position.ordinal} of the transaction that commits at {LSN(position.commit_lsn)})",
+        reason=poison.reason,
+        hint=f'{poison.hint or "correct what writes such rows"}; or set relay.on_poison = "dead-letter"',
+    )
+
+
+def _shown(value: str | None) -> str:
+    """On one line, of what may be of any length and hold anything."""
+    if value is None:
+        return "(none)"
+    short = value if len(value) <= _LONGEST_SHOWN else f"{value[:_LONGEST_SHOWN]}..."
+    return short if short.isprintable() else repr(short)
