@@ -48,6 +48,10 @@ class Continuity:
         #: what this process has confirmed last
         self._confirmed = LSN(0)
         self._limit = LSN(0)
+        #: the note that this process has written last: what it says is confirmed, and the timeline it was written on
+        self._last_note: tuple[LSN, int] | None = None
+        #: where to start reading: all before is acknowledged, wherever a crash has put the slot back to; 0: not known
+        self.start_lsn = LSN(0)
         #: whether schema cdc_outbox is there, and ours to read; if not, nothing is noticed
         self.is_noted = False
 
@@ -62,7 +66,7 @@ class Continuity:
         return self._limit
 
     def check(self, connection: Connection, server: Server) -> None:
-        """See, before ``server`` is streamed from, that the slot goes on where it was left.
+        """See, before ``server`` is streamed from, that the slot goes on where it was left, and from where on to read.
 
         Raises OperatorNeeded for a gap or another server.
         """
@@ -75,7 +79,7 @@ class Continuity:
                 hint="Kafka has events that this database has not; decide what to do about them, then start the relay",
             )
         self._server = server
-        self._limit = LSN(0)
+        self._limit = self.start_lsn = LSN(0)
         self._compare_with_what_was_noted(connection, server)
 
     def note(self, connection: Connection, confirmed: LSN, *, limit: LSN, walsender_pid: int) -> None:
@@ -96,8 +100,8 @@ class Continuity:
                      WHERE {is_ours}
                         ON CONFLICT (slot) DO UPDATE
                        SET (system_identifier, confirmed_lsn, limit_lsn, decoded_transactions, counted_since, noted_at)
-                         = (excluded.system_identifier, excluded.confirmed_lsn, excluded.limit_lsn,
-                            excluded.decoded_transactions, excluded.counted_since, now())
+                         = (excluded.system_identifier, greatest(excluded.confirmed_lsn, confirmation.confirmed_lsn),
+                            excluded.limit_lsn, excluded.decoded_transactions, excluded.counted_since, now())
                      WHERE {is_ours}
                     """
                 ).format(
@@ -112,6 +116,7 @@ class Continuity:
         if not noted:
             raise SourceUnavailable(f"replication slot {self._slot!r} is not read by this relay any more")
         self._limit = limit
+        self._last_note = confirmed, self._server.timeline
 
     def confirmed(self, lsn: LSN) -> None:
         """Remember what the server is told: all of it must still be there when it is connected to again."""
@@ -151,6 +156,15 @@ class Continuity:
                 f"{confirmed} (as of {noted_at}); what was committed between is not in it",
                 hint=f"publish what is missing, then accept the gap: {self._forget()}",
             )
+        self.start_lsn = self._acknowledged(LSN.parse(confirmed), server)
+
+    def _acknowledged(self, noted: LSN, server: Server) -> LSN:
+        """Up to where all is acknowledged by Kafka, or kept.
+
+        What this process confirmed after its last note counts too, if the server has lost nothing and nobody else has
+        relayed meanwhile: the note is still that one, on the same timeline.
+        """
+        return self._confirmed if self._last_note == (noted, server.timeline) else noted
 
     def _another_server(self, before: str, now: Server) -> OperatorNeeded:
         return OperatorNeeded(

@@ -40,6 +40,7 @@ class NoJournal:
     """Keeps nothing and notes nothing: for `tail`, and for a database that has no schema cdc_outbox."""
 
     settled: Sequence[Position] = ()
+    started_at = LSN(0)
 
     def park(self, parking: Parking) -> bool:
         raise BrokenInvariant(f"event {parking.position} cannot be parked: there is no journal")
@@ -65,15 +66,19 @@ class Journal:
         *,
         slot: str,
         confirmed: LSN,
+        started_at: LSN,
         sent: SentTable,
         walsender_pid: int,
     ) -> None:
-        """``confirmed`` is where the slot stands: events after it may arrive once more. ``walsender_pid`` is the
-        stream's, which has the slot.
+        """``confirmed`` is where the slot stands, ``started_at`` where reading starts if that is later.
+
+        ``walsender_pid`` is the stream's, which has the slot.
         """
         self._connection = connection
         self._continuity = continuity
         self._slot = slot
+        #: all before is settled
+        self.started_at = max(confirmed, started_at)
         self._walsender_pid = walsender_pid
         self._settlement = Settlement(connection, slot, continuity.system_identifier, sent, confirmed=confirmed)
         self._noted_at = time.monotonic()

@@ -84,12 +84,15 @@ class ReplicationStream:
             self._connection.answer_seconds = None
             self._connection.execute(command.format(sql.Identifier(check_slot_name(slot))))
 
-    def start(self, slot: str, publication: str) -> None:
-        """Raises SlotInUse while another receiver has the slot, OperatorNeeded if it is missing or lost."""
+    def start(self, slot: str, publication: str, *, start_lsn: LSN = LSN(0)) -> None:  # noqa: B008 - immutable
+        """Read from ``start_lsn`` on, or from where the slot stands if that is later.
+
+        Raises SlotInUse while another receiver has the slot, OperatorNeeded if it is missing or lost.
+        """
         # A string of the replication protocol's own, in which a backslash means nothing.
         names = sql.Identifier(publication).as_string().replace("'", "''")
         options = f"proto_version '1', publication_names '{names}'"
-        command = f"START_REPLICATION SLOT {check_slot_name(slot)} LOGICAL 0/0 ({options})"
+        command = f"START_REPLICATION SLOT {check_slot_name(slot)} LOGICAL {start_lsn} ({options})"
         self._slot = slot
         lost = slot_anew_hint(slot, self._database)
         with translated(f"replication slot {slot!r} cannot be read", {"42704": lost, "55000": lost}):

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 #: A batch is closed at the first transaction end at which it has this many events, or at which a read ends.
 #: Small enough that little is resent after a crash, large enough that its cost vanishes.
 BATCH_EVENTS: Final = 500
+_NONE: Final[frozenset[int]] = frozenset()
 
 
 class Publisher(Protocol):
@@ -60,17 +61,22 @@ class _Kept:
 class Pipeline:
     """State of one replication stream. Thrown away with it: a late delivery report can then confirm nothing."""
 
-    def __init__(self, routing: Routing, publisher: Publisher, settled: Iterable[Position] = ()) -> None:
-        """``settled``: events that the stream may bring once more, and that are kept durably since the first time."""
+    def __init__(
+        self, routing: Routing, publisher: Publisher, settled: Iterable[Position] = (), *, started_at: int = 0
+    ) -> None:
+        """``settled``: events that the stream may bring once more, and that are kept durably since the first time.
+
+        ``started_at``: the LSN that the stream begins at; all before is settled.
+        """
         self._routers = routing.routers
         self._strays = routing.strays
         self._encoding = routing.encoding
         self._known_topics = routing.known_topics
         self._publisher = publisher
         #: by commit LSN
-        self._settled: dict[int, set[int]] = {}
+        self._settled: dict[int, frozenset[int]] = {}
         for position in settled:
-            self._settled.setdefault(position.commit_lsn, set()).add(position.ordinal)
+            self._settled[position.commit_lsn] = self._settled.get(position.commit_lsn, _NONE) | {position.ordinal}
         #: by an Insert's head; None for tables that hold no events
         self._plans: dict[bytes, InsertFunction | None] = {}
         self._router_of: dict[bytes, Router] = {}
@@ -80,8 +86,8 @@ class Pipeline:
         self._refusals: dict[bytes, OperatorNeeded] = {}
         self._commit_time_ms = 0
         #: of the transaction being received; nearly always empty
-        self._settled_ordinals: frozenset[int] | set[int] = frozenset()
-        self.watermark = Watermark(publisher.on_failure)
+        self._settled_ordinals = _NONE
+        self.watermark = Watermark(publisher.on_failure, started_at)
         #: commit LSN of the transaction being received; 0 between transactions
         self.open_commit_lsn = 0
         #: the Insert received last
@@ -113,13 +119,8 @@ class Pipeline:
     @property
     def acknowledged_events(self) -> int:
         """Over the pipeline's life; to see whether it moves, not to count by (it lags behind inside ``feed``)."""
-        published = self._committed_events + (self._events if self.in_transaction else 0)
+        published = self._committed_events + (self._ordinal - self._other_inserts if self.in_transaction else 0)
         return published - self.watermark.outstanding
-
-    @property
-    def _events(self) -> int:
-        """Of the transaction being received."""
-        return self._ordinal - self._other_inserts
 
     def feed(self, frames: Iterable[bytes]) -> Stop:
         """Carry ``frames`` to the publisher until they run dry, or until something is to be done before it goes on.
@@ -267,13 +268,13 @@ class Pipeline:
             self.wal_end = max(self.wal_end, keepalive.wal_end)
             return DRAINED if self.draining and not self.in_transaction else None
         tag = frame[MESSAGE_START]
-        if tag == pgoutput.INSERT:
-            return self._insert(frame)
         if tag == pgoutput.BEGIN:
             self._begin(frame)
         elif tag == pgoutput.COMMIT:
             self._commit(frame)
             return DRAINED if self.draining else None
+        elif tag == pgoutput.INSERT:
+            return self._insert(frame)
         elif tag == pgoutput.RELATION:
             self._introduce(pgoutput.read_relation(frame, self._encoding))
         elif tag not in pgoutput.WITHOUT_EVENT:
@@ -318,7 +319,7 @@ class Pipeline:
             raise MalformedStream(f"a Begin inside the transaction that commits at {LSN(self.open_commit_lsn)}")
         self.open_commit_lsn, self._commit_time_ms = pgoutput.read_begin(frame)
         self._commit_lsn, self._ordinal, self._other_inserts = self.open_commit_lsn, 0, 0
-        self._settled_ordinals = self._settled.get(self.open_commit_lsn, frozenset())
+        self._settled_ordinals = self._settled.get(self.open_commit_lsn, _NONE)
         batch = self.watermark.current
         batch.first_commit_time_ms = batch.first_commit_time_ms or self._commit_time_ms
 
@@ -332,7 +333,8 @@ class Pipeline:
         self.wal_end = wal_end
         batch = self.watermark.current
         batch.end_lsn = end_lsn
-        batch.events += self._events
-        self._committed_events += self._events
+        events = self._ordinal - self._other_inserts
+        batch.events += events
+        self._committed_events += events
         if batch.events >= BATCH_EVENTS:
             self.watermark.close_batch()

@@ -52,12 +52,13 @@ class Batch:
 
 
 class Watermark:
-    def __init__(self, on_failure: OnFailure) -> None:
+    def __init__(self, on_failure: OnFailure, started_at: int = 0) -> None:
+        """``started_at``: an LSN up to which everything is settled; 0 if there is none."""
         self._on_failure = on_failure
         self._queue: deque[Batch] = deque()
         self.current = Batch(on_failure)
         #: what may be confirmed; 0 as long as nothing was settled
-        self.settled_lsn = LSN(0)
+        self.settled_lsn = LSN(started_at)
 
     def close_batch(self) -> None:
         """Queue the current batch and begin another. It will confirm the last transaction that committed in it."""

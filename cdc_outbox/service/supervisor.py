@@ -155,7 +155,8 @@ class Supervisor:
         while True:
             self._continuity.check(connection, stream.identify())
             try:
-                stream.start(self._config.postgres.slot, self._config.postgres.publication)
+                postgres = self._config.postgres
+                stream.start(postgres.slot, postgres.publication, start_lsn=self._continuity.start_lsn)
             except SlotInUse:
                 self._health.become("standby", "another relay holds the slot; waiting for it")
                 publisher.poll(0)  # librdkafka's notices are not to pile up
@@ -175,7 +176,7 @@ class Supervisor:
         session = Session(
             stream,
             publisher,
-            Pipeline(routing, publisher, journal.settled),
+            Pipeline(routing, publisher, journal.settled, started_at=journal.started_at),
             parker,
             topics.require_for_event,
             self._shutdown,
@@ -209,6 +210,7 @@ class Supervisor:
                 self._continuity,
                 slot=config.postgres.slot,
                 confirmed=slot.confirmed_lsn or LSN(0),
+                started_at=self._continuity.start_lsn,
                 sent=sent,
                 walsender_pid=stream.backend_pid,
             )

@@ -13,6 +13,7 @@ from cdc_outbox.demo.postgres import EmbeddedPostgres
 from cdc_outbox.demo.stack import running, server_folder
 from cdc_outbox.operations import migrations
 from cdc_outbox.postgres.connection import connect
+from cdc_outbox.wal.lsn import LSN
 from fault.stage import Stage, peak_rss_mb, reconnected
 from support import command
 from support.waiting import wait_until
@@ -29,7 +30,7 @@ def test_walsender_terminated_again_and_again(stage: Stage) -> None:
 
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 def test_server_stopped_and_started(stage: Stage, mode: str) -> None:
-    """After an immediate stop the slot is where the last checkpoint saved it: it steps back, and resends."""
+    """After an immediate stop the slot is where the last checkpoint saved it; the relay knows better."""
     stage.start_relay()
     stage.start_writer(seed=21)
     for _ in range(2):
@@ -39,7 +40,31 @@ def test_server_stopped_and_started(stage: Stage, mode: str) -> None:
         with stage.incident():
             stage.servers.postgres.stop(mode)  # type: ignore[arg-type]
             stage.servers.postgres.start()
-    stage.close(f"server stopped {mode}, started", max_duplicates=0 if mode == "fast" else None)
+    stage.close(f"server stopped {mode}, started", max_duplicates=0 if mode == "fast" else 1000)
+
+
+@pytest.mark.parametrize("relay", ["alive", "killed"])
+def test_server_crashed_long_after_its_last_checkpoint(stage: Stage, relay: str) -> None:
+    """The slot steps back to the checkpoint; what is sent again is what was in flight, or about a second's worth."""
+    rate = 4000
+    stage.world.db.execute("CHECKPOINT")
+    running = stage.start_relay()
+    stage.start_writer(seed=29, events_per_second=rate)
+    stage.wait_for_events(4 * rate, timeout_seconds=60)
+    with stage.incident():
+        if relay == "killed":
+            stage.kill(running)
+        stage.servers.postgres.stop("immediate")
+        stage.servers.postgres.start()
+        stage.world.db = reconnected(stage.world)
+        if relay == "killed":
+            (noted,) = stage.world.db.execute("SELECT confirmed_lsn::text FROM cdc_outbox.confirmation").fetchone() or (
+                "",
+            )
+            assert stage.world.confirmed_lsn() < LSN.parse(noted), "it has stepped back"
+            stage.start_relay()
+    most = 1000 if relay == "alive" else 2 * rate
+    stage.close(f"server crashed, last checkpoint long ago, relay {relay}", max_duplicates=most)
 
 
 def test_nothing_unpublished_is_pruned(stage: Stage) -> None:

@@ -69,6 +69,36 @@ def make_anew(world: World) -> None:
     wait_until(lambda: not decoded_transactions(world), "the count began anew")  # 14 takes half a second for it
 
 
+def test_reading_starts_where_all_before_is_known_to_be_acknowledged(migrated: World) -> None:
+    continuity = Continuity(migrated.slot)
+    assert check(migrated, continuity)
+    assert continuity.start_lsn == migrated.confirmed_lsn(), "as `migrate` noted it"
+    noted = relay_one(migrated, continuity)
+    confirmed = LSN(noted + 100)  # what the server forgets in a crash
+    continuity.confirmed(confirmed)
+    check(migrated, continuity)
+    assert continuity.start_lsn == confirmed, "the note is the one that this process wrote"
+    another = Continuity(migrated.slot)
+    check(migrated, another)
+    assert another.start_lsn == noted, "as a process that knows nothing else"
+    end = relay_one(migrated, another)
+    check(migrated, continuity)
+    assert continuity.start_lsn == end, "somebody else has relayed meanwhile"
+    relay_one(migrated, another)
+    migrated.db.execute("UPDATE cdc_outbox.confirmation SET confirmed_lsn = %s::pg_lsn", [str(noted)])
+    check(migrated, another)
+    assert another.start_lsn == noted, "the server has lost what was written last"
+
+
+def test_a_note_never_moves_back(migrated: World) -> None:
+    continuity = Continuity(migrated.slot)
+    end = relay_one(migrated, continuity)
+    with streaming(migrated) as stream, connect(migrated.dsn) as connection:
+        continuity.note(connection, LSN(end - 1000), limit=end, walsender_pid=stream.backend_pid)
+    check(migrated, another := Continuity(migrated.slot))
+    assert another.start_lsn == end
+
+
 def test_a_slot_that_goes_on_is_not_complained_of(migrated: World) -> None:
     continuity = Continuity(migrated.slot)
     for _ in range(3):

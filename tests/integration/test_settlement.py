@@ -321,6 +321,7 @@ def test_what_was_settled_while_a_snapshot_waited_is_noted_too(
         continuity,
         slot=migrated.slot,
         confirmed=confirmed,
+        started_at=LSN(0),
         sent=sent,
         walsender_pid=stream.backend_pid,
     )
