@@ -12,7 +12,7 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from cdc_outbox.postgres.connection import BoundedConnection, Connection, translated
+from cdc_outbox.postgres.connection import BoundedConnection, Connection, granting, translated
 from cdc_outbox.wal.lsn import LSN
 from cdc_outbox.wal.position import Position
 
@@ -59,7 +59,7 @@ def settled_since(connection: Connection, system_identifier: str, slot: str, lsn
 
 def to_redrive(connection: Connection, dead_letter_id: int) -> Row | None:
     """What the relay needs to publish it again. Of its own table only: it has no right to that of the requests."""
-    with translated("reading cdc_outbox.dead_letter"):
+    with translated("reading cdc_outbox.dead_letter", granting(connection, "SELECT ON cdc_outbox.dead_letter")):
         cursor = connection.cursor(row_factory=dict_row)
         return cursor.execute(
             "SELECT state, topic, key, headers, payload FROM cdc_outbox.dead_letter WHERE id = %s", [dead_letter_id]

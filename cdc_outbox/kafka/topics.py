@@ -33,7 +33,7 @@ class _Forbidden(_NotThere):
 class Topics:
     """What is known of the cluster's topics; asks again only about topics that were not seen yet.
 
-    No delivery report is served meanwhile: whoever asks is in the middle of an event.
+    No delivery report is served meanwhile.
     """
 
     def __init__(self, publisher: Publisher, *, create: bool, ever_seen: set[str] | None = None) -> None:

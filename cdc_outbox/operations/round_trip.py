@@ -19,7 +19,7 @@ from cdc_outbox.postgres.connection import connect_bounded
 from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.relay.pipeline import Pipeline
 from cdc_outbox.relay.router import Routing, Strays
-from cdc_outbox.relay.stops import Parking
+from cdc_outbox.relay.stops import Full, Parking
 from cdc_outbox.service.canary import make_canary_router
 
 _CHECK: Final = "round trip"
@@ -55,7 +55,9 @@ def _carry_one(config: Config, stream: ReplicationStream, publisher: Publisher, 
     with closing(connect_bounded(config.postgres.dsn.get_secret_value())) as connection:
         plant(connection, slot)
     while time.monotonic() - began < _PATIENCE_SECONDS:
-        stop = pipeline.feed(stream.frames())
+        frames = stream.frames()
+        while isinstance(stop := pipeline.feed(frames), Full):
+            publisher.poll(0.05)
         if isinstance(stop, Parking):
             raise stop.poison
         publisher.flush(0.01)

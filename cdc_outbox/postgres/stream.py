@@ -144,6 +144,8 @@ class ReplicationStream:
 
     def receive(self) -> bool:
         """Take in what has arrived; True if `frames` has something to give (or to raise), False if all ran dry."""
+        if self._next is not None:
+            return True
         try:
             # Twice over TLS: a record may have fitted into libpq's buffer only in part, and the rest, already out of
             # the socket, would not wake `wait`.

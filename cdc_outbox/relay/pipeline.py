@@ -108,8 +108,7 @@ class Pipeline:
         self.reply_requested = False
         #: when set, `feed` stops at the next transaction end and leaves the rest unread
         self.draining = False
-        #: when set, `feed` is given one frame at a time, and its event may be withdrawn
-        self.one_by_one = False
+        self._one_by_one = False
 
     @property
     def in_transaction(self) -> bool:
@@ -144,7 +143,7 @@ class Pipeline:
         """
         if self._kept is not None and (stop := self._place(self._kept)):
             return stop
-        plans, head = {} if self.one_by_one else self._plans, pgoutput.INSERT_HEAD
+        plans, head = {} if self._one_by_one else self._plans, pgoutput.INSERT_HEAD
         publish = self._publisher.publish
         batch, commit_time_ms, ordinal = self.watermark.current, self._commit_time_ms, self._ordinal
         settled = self._settled_ordinals
@@ -186,6 +185,14 @@ class Pipeline:
             self.watermark.close_batch()
         return stop or DRY
 
+    def publish_one_by_one(self) -> None:
+        """From now on `feed` is given one frame at a time, and its event may be withdrawn."""
+        self._one_by_one = True
+
+    def publish_in_batches(self) -> None:
+        """The end of ``publish_one_by_one``."""
+        self._one_by_one, self._placed = False, None
+
     def admit(self, topic: str) -> None:
         """After NewTopic: it is there."""
         self._known_topics.add(topic)
@@ -205,6 +212,7 @@ class Pipeline:
             error = PoisonEvent(error.message, reason="not_writable")
         if not isinstance(error, PoisonEvent):
             raise error
+        error = error.with_traceback(None)  # it holds whoever was publishing, down to the producer
         if kept.request:
             return RedriveRefused(kept.request, error)
         head = kept.frame[pgoutput.INSERT_HEAD]
@@ -219,7 +227,7 @@ class Pipeline:
         )
 
     def withdraw(self, error: CdcOutboxError) -> Parking | RedriveRefused:
-        """`refuse` the event published last, which is not in flight any more; only while ``one_by_one``."""
+        """`refuse` the event published last, which is not in flight any more. Only one by one."""
         assert self._placed is not None
         assert self._placed.record is not None
         batch = self.watermark.current
@@ -252,7 +260,7 @@ class Pipeline:
         if kept.request:
             batch.redriven.append((kept.request.id, kept.request.dead_letter_id))
         self._kept = None
-        self._placed = kept if self.one_by_one else None
+        self._placed = kept if self._one_by_one else None
         return None
 
     def _route(self, frame: bytes) -> Record:
@@ -313,7 +321,7 @@ class Pipeline:
             self._refusals[head] = error
 
     def _insert(self, frame: bytes) -> Stop | None:
-        """An Insert into a table that holds no events; while ``one_by_one``, any."""
+        """An Insert into a table that holds no events; while they are published one by one, any."""
         head = frame[pgoutput.INSERT_HEAD]
         if head not in self._plans or not self.in_transaction:
             raise MalformedStream("an Insert into a relation, or with a number of columns, that was not announced")

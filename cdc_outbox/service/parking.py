@@ -76,7 +76,7 @@ def _stopped_by(parking: Parking) -> PoisonEvent:
     return PoisonEvent(
         f"event {_shown(event.event_id)} of aggregate {_shown(event.aggregate_id)} for topic "
         f"{_shown(event.topic)} can never be published: {poison.message} "
-        f"(event {position.ordinal} of the transaction that commits at {LSN(position.commit_lsn)})",
+        f"(Insert {position.ordinal} of the transaction that commits at {LSN(position.commit_lsn)})",
         reason=poison.reason,
         hint=f'{poison.hint or "correct what writes such rows"}; or set relay.on_poison = "dead-letter"',
     )

@@ -107,7 +107,8 @@ class Session:
 
     def suspect(self, reached: Position, isolation: Isolation) -> None:
         """Among the events up to ``reached`` is one that the broker refuses: publish them one by one to find it."""
-        self.suspected, self._isolation, self._pipeline.one_by_one = reached, isolation, True
+        self.suspected, self._isolation = reached, isolation
+        self._pipeline.publish_one_by_one()
 
     @property
     def reached(self) -> Position:
@@ -161,6 +162,7 @@ class Session:
 
     def _make_room(self) -> None:
         """Wait until less is in flight. If nothing is, no room will come."""
+        self._check_deadline()
         if self._publisher.in_flight:
             self._wait_a_moment()
             return
@@ -194,7 +196,8 @@ class Session:
             self._end_isolation(isolation)
 
     def _end_isolation(self, isolation: Isolation) -> None:
-        self.suspected, self._isolation, self._pipeline.one_by_one = None, None, False
+        self.suspected = self._isolation = None
+        self._pipeline.publish_in_batches()
         self._publisher.publish_in_batches()
         if not isolation.refused:
             get_logger().warning(

@@ -125,18 +125,18 @@ class Supervisor:
                 connection = stack.enter_context(closing(connect_bounded(self._dsn)))
                 stream = stack.enter_context(ReplicationStream(self._dsn))
                 check_same_server(connection, stream.identify())
-                topics = Topics(publisher, create=self._config.kafka.create_topics, ever_seen=self._topics_seen)
-                route = self._prepare(connection, topics)
+                route, topics = self._prepare(connection, publisher)
                 if self._take_slot(connection, stream, publisher):
-                    route = self._prepare(connection, topics)
+                    route, topics = self._prepare(connection, publisher)
                 journal = self._make_journal(connection, stream, route.sent)
             self._streaming_since = time.monotonic()
             self._health.become("streaming")
             self._relay(stream, publisher, topics, route.routing, journal)
 
-    def _prepare(self, connection: Connection, topics: Topics) -> Route:
+    def _prepare(self, connection: Connection, publisher: Publisher) -> tuple[Route, Topics]:
         """See that all is there that streaming needs. Raises what says why not."""
         config = self._config
+        topics = Topics(publisher, create=config.kafka.create_topics, ever_seen=self._topics_seen)
         route = prepare_route(config, connection, self._topic)
         check_slot(connection, config.postgres.slot)
         # A relay that cannot reach Kafka must not keep the slot from one that can.
@@ -144,13 +144,13 @@ class Supervisor:
         if not self._topic.fields:
             topics.require(self._topic.text)
         if self._canary.prepare(topics):
-            return route.also(make_canary_router(config))
-        return route
+            route = route.also(make_canary_router(config))
+        return route, topics
 
     def _take_slot(self, connection: Connection, stream: ReplicationStream, publisher: Publisher) -> bool:
         """Wait for the slot, as a standby while another relay has it; whether that was so.
 
-        What was looked at before may be old by then: partitions come and go, tables are made anew.
+        What was looked at before may be old by then: partitions and topics come and go, tables are created again.
         """
         while True:
             self._continuity.check(connection, stream.identify())

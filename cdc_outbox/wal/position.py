@@ -8,5 +8,5 @@ class Position(NamedTuple):
 
     #: start of the commit record; it orders transactions, and is never confirmed
     commit_lsn: int
-    #: the how manieth Insert of its transaction, from 1, whichever table it went into
+    #: which Insert of its transaction it is, counted from 1, whichever table each went into
     ordinal: int

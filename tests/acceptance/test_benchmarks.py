@@ -18,6 +18,8 @@ from benchmarks.peers.relay import Relay
 
 ROOT = Path(__file__).parents[2]
 
+pytestmark = pytest.mark.rest
+
 
 def test_every_scenario_and_the_peers_that_need_no_java(postgres: str, kafka: str, tmp_path: Path) -> None:
     arguments = ["--quick", f"--postgres={postgres}", f"--kafka={kafka}", "--json=-"]

@@ -14,6 +14,7 @@ from urllib.error import HTTPError
 from urllib.request import urlopen
 
 import pytest
+from confluent_kafka.admin import AdminClient
 
 from acceptance.conftest import StartRelay
 from cdc_outbox.demo.relay import RelayProcess
@@ -75,6 +76,26 @@ def test_the_standby_takes_over(world: World, start_relay: StartRelay) -> None:
     second = world.insert(aggregate_type)
     world.wait_until_confirmed()
     assert delivered_ids(world, aggregate_type, 2) == [first, second]
+
+
+def test_a_standby_that_takes_over_looks_again_what_is_there(world: World, start_relay: StartRelay) -> None:
+    """Of what it saw when it began to wait a topic may be gone."""
+    world.migrate()
+    aggregate_type = world.create_topic()
+    topic = f"outbox.{aggregate_type}"
+    created = {"CDC_OUTBOX_KAFKA__CREATE_TOPICS": "true"}
+    leader = start_relay(**created)
+    standby = start_relay(wait=False, **created)
+    wait_until(lambda: readyz_state(standby) == "standby", "the second stands by")
+    admin = AdminClient({"bootstrap.servers": world.bootstrap_servers})
+    admin.delete_topics([topic])[topic].result()
+    wait_until(lambda: topic not in admin.list_topics(timeout=5).topics, "it is gone")
+    leader.process.send_signal(signal.SIGTERM)
+    assert leader.process.wait(20) == 0
+    wait_until(lambda: readyz_state(standby) == "streaming", "it takes over", timeout_seconds=5)
+    event = world.insert(aggregate_type)
+    world.wait_until_confirmed()
+    assert delivered_ids(world, aggregate_type, 1) == [event]
 
 
 def test_a_standby_ends_at_once(world: World, start_relay: StartRelay) -> None:

@@ -1,3 +1,5 @@
+import gc
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -353,7 +355,8 @@ def test_a_payload_that_is_no_bytea_is_put_away_as_it_came() -> None:
 def test_what_was_put_away_before_is_passed_over(one_by_one: bool) -> None:  # noqa: FBT001
     publisher = FakePublisher()
     driver = make(publisher, settled=[Position(20, 2)])
-    driver.pipeline.one_by_one = one_by_one
+    if one_by_one:
+        driver.pipeline.publish_one_by_one()
     events = [event(number) for number in (1, 2, 3)]
     driver.feed([RELATION, *transaction(10, *events), *transaction(20, *events), *transaction(30, *events)])
     assert [record[7][0][1] for record in publisher.taken] == [b"e1", b"e2", b"e3", b"e1", b"e3", b"e1", b"e2", b"e3"]
@@ -419,6 +422,23 @@ def test_an_event_that_can_never_fit_is_put_away() -> None:
     assert driver.watermark.settled_lsn == 11
 
 
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_what_is_parked_holds_no_publisher(one_by_one: bool) -> None:  # noqa: FBT001
+    """It would live on, with its threads, until the collector runs."""
+    publisher = FakePublisher()
+    driver = make(publisher)
+    if one_by_one:
+        driver.pipeline.publish_one_by_one()
+    gc.disable()
+    try:
+        driver.feed([RELATION, *transaction(10, frames.insert(7, [b"e", b"order", None, b"t", b"{}"]))])
+        kept, left = driver.kept, weakref.ref(publisher)
+        del publisher, driver
+        assert (len(kept), left()) == (1, None)
+    finally:
+        gc.enable()
+
+
 class Interrupted(BaseException):
     pass
 
@@ -434,7 +454,8 @@ def test_whatever_is_raised_what_is_counted_in_is_in_flight(row: bytes, one_by_o
 
     publisher = Interrupting()
     driver = make(publisher)
-    driver.pipeline.one_by_one = one_by_one
+    if one_by_one:
+        driver.pipeline.publish_one_by_one()
     driver.records[5] = Record("outbox.order", b"x", b"k", [])
     requests = frames.relation(9, "redrive_request", REQUEST, namespace="cdc_outbox")
     driver.feed([RELATION, requests, frames.begin(10), event(1)])
@@ -470,7 +491,7 @@ def test_an_event_whose_topic_is_not_there_is_put_away_or_raised() -> None:
 def test_one_by_one_the_last_event_can_be_withdrawn(row: bytes) -> None:
     publisher = FakePublisher()
     driver = make(publisher)
-    driver.pipeline.one_by_one = True
+    driver.pipeline.publish_one_by_one()
     driver.records[5] = Record("outbox.order", b"x", b"k", [])
     requests = frames.relation(9, "redrive_request", REQUEST, namespace="cdc_outbox")
     driver.feed([RELATION, requests, frames.begin(10), event(1)])
@@ -510,7 +531,8 @@ def test_the_hot_loop_does_what_the_slow_path_does(
         publisher = FakePublisher(room=room)
         driver = make(publisher, settled=[Position(20, ordinal) for ordinal in settled])
         driver.make_room = lambda publisher=publisher: setattr(publisher, "room", room)  # type: ignore[misc]
-        driver.pipeline.one_by_one = one_by_one
+        if one_by_one:
+            driver.pipeline.publish_one_by_one()
         driver.records = {number: Record("outbox.order", b"x", b"k", []) for number in (5, 6)}
         others = [
             frames.relation(8, "other", {"x": 23}),

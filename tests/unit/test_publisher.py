@@ -1,9 +1,14 @@
 """Settings and translations; what needs a broker is in tests/integration."""
 
+import gc
+import weakref
+from typing import Any
+
 import pytest
 from confluent_kafka import KafkaError
 
 from cdc_outbox.errors import BatchRefused, BrokerUnavailable, ConfigurationError, PoisonEvent, TopicRefused
+from cdc_outbox.kafka.isolation import Isolation
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.refusals import _VERDICTS, denies_us, explain
 
@@ -86,3 +91,23 @@ def test_every_code_that_librdkafka_knows_has_a_verdict() -> None:
 )
 def test_only_a_refusal_of_credentials_denies_us(code: int, text: str, denies: bool) -> None:  # noqa: FBT001
     assert denies_us(KafkaError(code, text)) is denies
+
+
+def test_an_isolation_is_no_cycle() -> None:
+    """It holds a producer, whose threads live as long."""
+
+    class Producer:
+        def produce(self, *event: Any) -> None:
+            event[4](None, None)
+
+    producer = Producer()
+    isolation = Isolation(producer.produce, lambda _topic, _reason: None)
+    isolation.publish("t", b"v", b"k", -1, lambda *_: None, None, 0, [])
+    assert isolation.is_settled()
+    gc.disable()
+    try:
+        left = weakref.ref(producer)
+        del producer, isolation
+        assert left() is None
+    finally:
+        gc.enable()
