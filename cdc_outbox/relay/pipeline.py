@@ -14,7 +14,7 @@ from cdc_outbox.relay.router import Record, Router, Routing, UnknownTopic
 from cdc_outbox.relay.stops import DRAINED, DRY, FULL, NewTopic, Parking, RedriveRefused, Requested, Stop
 from cdc_outbox.relay.watermark import Watermark
 from cdc_outbox.wal import pgoutput
-from cdc_outbox.wal.frames import MESSAGE_START, XLOG_DATA, read_keepalive, read_sent_at_ms
+from cdc_outbox.wal.frames import MESSAGE_START, XLOG_DATA, read_keepalive
 from cdc_outbox.wal.lsn import LSN
 from cdc_outbox.wal.position import Position
 
@@ -85,10 +85,6 @@ class Pipeline:
         #: what Inserts that nobody routes are answered with, where they must not pass
         self._refusals: dict[bytes, OperatorNeeded] = {}
         self._commit_time_ms = 0
-        #: of the transaction received last, or being received
-        self._last_commit_time_ms = 0
-        #: of that transaction
-        self._last_frame = b""
         #: of the transaction being received; nearly always empty
         self._settled_ordinals = _NONE
         self.watermark = Watermark(publisher.on_failure, started_at)
@@ -120,16 +116,6 @@ class Pipeline:
         return Position(self._commit_lsn, self._ordinal)
 
     @property
-    def behind_ms(self) -> int:
-        """How long ago the transaction received last had committed when the server sent its last frame.
-
-        By the server's clock alone: ours may be another one. 0 if that was no frame of a transaction.
-        """
-        if not self._last_commit_time_ms or not _is_data(self._last_frame):
-            return 0
-        return read_sent_at_ms(self._last_frame) - self._last_commit_time_ms
-
-    @property
     def acknowledged_events(self) -> int:
         """Over the pipeline's life; to see whether it moves, not to count by (it lags behind inside ``feed``)."""
         published = self._committed_events + (self._ordinal - self._other_inserts if self.in_transaction else 0)
@@ -147,7 +133,7 @@ class Pipeline:
         publish = self._publisher.publish
         batch, commit_time_ms, ordinal = self.watermark.current, self._commit_time_ms, self._ordinal
         settled = self._settled_ordinals
-        stop, frame = None, self._last_frame
+        stop = None
         for frame in frames:
             # Bytes that no other message has: a hit is an Insert of a known relation with the right number of columns.
             plan = plans.get(frame[head])
@@ -180,7 +166,7 @@ class Pipeline:
                 self._ordinal = ordinal
                 stop = self._not_placed(_Kept(frame, record=Record(topic, value, key, headers)), error)
                 break
-        self._ordinal, self._last_frame = ordinal, frame
+        self._ordinal = ordinal
         if not self.open_commit_lsn:
             self.watermark.close_batch()
         return stop or DRY
@@ -284,7 +270,7 @@ class Pipeline:
 
     def _control(self, frame: bytes) -> Stop | None:
         """Take in everything but events. Why to stop, or None."""
-        if not _is_data(frame):
+        if len(frame) <= MESSAGE_START or frame[0] != XLOG_DATA:
             keepalive = read_keepalive(frame)
             self.reply_requested |= keepalive.reply_requested
             self.wal_end = max(self.wal_end, keepalive.wal_end)
@@ -340,7 +326,6 @@ class Pipeline:
         if self.open_commit_lsn:
             raise MalformedStream(f"a Begin inside the transaction that commits at {LSN(self.open_commit_lsn)}")
         self.open_commit_lsn, self._commit_time_ms = pgoutput.read_begin(frame)
-        self._last_commit_time_ms = self._commit_time_ms
         self._commit_lsn, self._ordinal, self._other_inserts = self.open_commit_lsn, 0, 0
         self._settled_ordinals = self._settled.get(self.open_commit_lsn, _NONE)
         batch = self.watermark.current
@@ -361,8 +346,3 @@ class Pipeline:
         self._committed_events += events
         if batch.events >= BATCH_EVENTS:
             self.watermark.close_batch()
-
-
-def _is_data(frame: bytes) -> bool:
-    """Whether it is an XLogData frame with a message in it."""
-    return len(frame) > MESSAGE_START and frame[0] == XLOG_DATA

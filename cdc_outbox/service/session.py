@@ -25,11 +25,6 @@ from cdc_outbox.wal.position import Position
 #: Under load requests fill for librdkafka's linger; when the input has run dry, a flush this long sends at once what
 #: lingers and usually sees it acknowledged. Shorter does not reach librdkafka's broker thread in time.
 _FLUSH_SECONDS: Final = 0.002
-#: But not in a backlog, which is where a transaction was sent so long after its commit. There the input runs dry for a
-#: moment only: many small requests would cost broker and relay more, and a pause this long lets frames gather, too
-#: (none, or three times that, is worse).
-_BACKLOG_MS: Final = 50
-_GATHER_SECONDS: Final = 0.001
 #: How soon after the watermark moved the server is told: the bound of what a crash resends beyond what is in flight.
 _CONFIRM_AFTER_SECONDS: Final = 0.02
 #: How often the server hears from us at least; its own patience (wal_sender_timeout, see stream.py) is 10 s.
@@ -217,10 +212,7 @@ class Session:
 
     def _input_ran_dry(self) -> None:
         if self._publisher.in_flight:
-            if self._pipeline.behind_ms > _BACKLOG_MS:
-                self._publisher.poll(_GATHER_SECONDS)
-            else:
-                self._publisher.flush(_FLUSH_SECONDS)
+            self._publisher.flush(_FLUSH_SECONDS)
         self._settle()
         now = time.monotonic()
         self._report(now)

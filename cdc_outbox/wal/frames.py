@@ -19,19 +19,12 @@ MESSAGE_START: Final = 25
 POSTGRES_EPOCH_SECONDS: Final = 946_684_800
 
 _KEEPALIVE = struct.Struct("!xQq?")
-_SENT_AT = struct.Struct("!q")
-_SENT_AT_START: Final = 17
 _STATUS_UPDATE = struct.Struct("!cQQQq?")
 
 
 class Keepalive(NamedTuple):
     wal_end: int
     reply_requested: bool
-
-
-def read_sent_at_ms(frame: bytes) -> int:
-    """When the server sent an XLogData frame, by its own clock, Unix milliseconds."""
-    return int(_SENT_AT.unpack_from(frame, _SENT_AT_START)[0] // 1000) + POSTGRES_EPOCH_SECONDS * 1000
 
 
 def read_keepalive(frame: bytes) -> Keepalive:
