@@ -1,7 +1,8 @@
 """Fixtures shared by the tests, and which of them run. README.md in this folder says how to run them.
 
-Without an option: what takes minutes, on the oldest and the newest PostgreSQL. `--rest`: faults, the benchmarks'
-harness, every other PostgreSQL. `--all`: both. What is named on the command line, or chosen with -m, runs in any case.
+Without an option: what takes minutes, on the oldest and the newest PostgreSQL. `--rest`: what takes longer, and every
+other PostgreSQL. `-m alone`: what wants the machine for itself, faults and the benchmarks' harness. `--all`: all.
+What is named on the command line, or chosen with -m, runs in any case.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,9 +14,8 @@ import pytest
 from support.services import OTHER_POSTGRES, kafka_bootstrap_servers, other_postgres_dsn, postgres_dsn
 from support.world import World, make_world
 
-OLDEST = min(OTHER_POSTGRES)
-#: The rest runs on these.
-_BETWEEN = OTHER_POSTGRES.keys() - {OLDEST}
+#: `every_world` on these is the rest.
+_BETWEEN = OTHER_POSTGRES.keys() - {min(OTHER_POSTGRES)}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -30,17 +30,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if is_named or config.getoption("--all") or config.getoption("markexpr"):
         return
     wanted = config.getoption("--rest")
-    left_out = [item for item in items if _is_rest(item) != wanted]
-    config.hook.pytest_deselected(items=left_out)
-    items[:] = [item for item in items if _is_rest(item) == wanted]
+    chosen = [item for item in items if not item.get_closest_marker("alone") and _is_rest(item) == wanted]
+    config.hook.pytest_deselected(items=list(set(items).difference(chosen)))
+    items[:] = chosen
 
 
 def _is_rest(item: pytest.Item) -> bool:
-    parameters = (
-        item.callspec.params.values() if isinstance(item, pytest.Function) and hasattr(item, "callspec") else ()
-    )
-    is_marked = any(item.get_closest_marker(name) for name in ("fault", "rest"))
-    return is_marked or any(isinstance(value, str) and value in _BETWEEN for value in parameters)
+    parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    return item.get_closest_marker("rest") is not None or parameters.get("every_world") in _BETWEEN
 
 
 @pytest.fixture(scope="session")
@@ -70,9 +67,9 @@ def world(postgres: str, kafka: str) -> Iterator[World]:
         yield made
 
 
-@pytest.fixture(params=["default", OLDEST])
+@pytest.fixture(params=["default", "15"])
 def old_and_new_world(request: pytest.FixtureRequest, kafka: str) -> Iterator[World]:
-    """The same test on the newest PostgreSQL and on the oldest."""
+    """The same test on the newest PostgreSQL and on 15, which differ the most in what they send."""
     yield from _world_of(request, kafka)
 
 

@@ -18,7 +18,7 @@ from benchmarks.peers.relay import Relay
 
 ROOT = Path(__file__).parents[2]
 
-pytestmark = pytest.mark.rest
+pytestmark = pytest.mark.alone
 
 
 def test_every_scenario_and_the_peers_that_need_no_java(postgres: str, kafka: str, tmp_path: Path) -> None:

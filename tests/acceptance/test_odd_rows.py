@@ -27,7 +27,7 @@ def lenient(world: World) -> World:
     return world
 
 
-@pytest.fixture(params=["default", "14"])
+@pytest.fixture(params=["default", "15"])
 def server(request: pytest.FixtureRequest) -> str:
     dsn: str = (
         request.getfixturevalue("postgres")

@@ -18,6 +18,9 @@ from support.observing import readyz, readyz_state
 from support.waiting import wait_until
 from support.world import World, create_topic, headers_of, read_topic
 
+pytestmark = pytest.mark.rest
+
+
 SECRET = "hunter2-secret"
 
 

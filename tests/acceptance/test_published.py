@@ -172,6 +172,7 @@ def make(ledger: Ledger, hole: Hole) -> None:
     world.migrate()
 
 
+@pytest.mark.rest
 @pytest.mark.parametrize("hole", HOLES.values(), ids=HOLES.keys())
 def test_a_hole_under_a_relay_that_runs(ledger: Ledger, relay_of: RunRelay, hole: Hole) -> None:
     if ledger.world.db.info.server_version < hole.since * 10_000:
@@ -209,6 +210,7 @@ def publish_until_told(ledger: Ledger) -> list[str]:
     return wait_until(lambda: [event_id for event_id in told() if event_id not in known], "told", timeout_seconds=40)
 
 
+@pytest.mark.rest
 def test_a_poller_s_column_makes_nothing_published(ledger: Ledger, relay_of: RunRelay) -> None:
     world = ledger.world
     world.db.execute(f"CREATE TABLE outbox ({COLUMNS}, status text)".encode())

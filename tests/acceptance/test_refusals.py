@@ -83,7 +83,7 @@ def test_poison_stops_the_relay_before_anything_passes_it(world: World) -> None:
         done = command.run(world.environment, "run")
         assert done.exit_code == 3
         assert "topic 'outbox.no topic' is no name that Kafka takes" in done.error
-        assert "(event 1 of the transaction that commits at " in done.error
+        assert "(Insert 1 of the transaction that commits at " in done.error
         assert "secret" not in done.err
         assert world.confirmed_lsn() == before, "what came before is confirmed, and sent once"
     assert delivered_ids(world, aggregate_type, 1) == [good]
@@ -102,7 +102,7 @@ def test_an_event_too_large_for_the_topic_stops_the_relay_and_nothing_passes_it(
     assert done.exit_code == 3
     assert f"for topic {topic} can never be published: topic {topic} refuses it: MSG_SIZE_TOO_LARGE" in done.error
     assert f"event {poison} of aggregate a-1 " in done.error
-    assert "(event 2 of the transaction that commits at " in done.error
+    assert "(Insert 2 of the transaction that commits at " in done.error
     assert "max.message.bytes" in done.error
     assert delivered_ids(world, f"{world.name}_small", 1) == [innocent], "refused with it, published alone"
 

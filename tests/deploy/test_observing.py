@@ -78,7 +78,7 @@ def test_every_alert_links_to_a_heading_of_the_runbook() -> None:
             rf"^## {anchor.replace('-', ' ')}\n(.*?)(?=^#)", text, re.MULTILINE | re.DOTALL | re.IGNORECASE
         )
         assert section
-        assert all(word in section[1] for word in ("**Cause.**", "**Look.**", "**Mend.**")), anchor
+        assert all(word in section[1] for word in ("**Cause.**", "**Look.**", "**Fix.**")), anchor
 
 
 def test_the_alerts_that_are_asked_for_are_there() -> None:
