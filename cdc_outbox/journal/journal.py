@@ -1,8 +1,10 @@
 """The journal of one session: what the relay remembers beside the log, in schema cdc_outbox.
 
 Events that can never be published are kept here; redrives are looked up and recorded; and what is confirmed is noted
-beforehand. Over a connection of its own, from the session's thread, and synchronously: an event is settled when its
-row is committed, and nothing is confirmed beyond what was noted. If the connection breaks, the session ends.
+beforehand. Over a connection of its own, from the session's thread, and synchronously: nothing is confirmed beyond what
+was noted, and an event is settled when its row is committed and the stream has shown the log up to there. Before that a
+standby may lack the row which is to take over, though the server waits for it before it sends (`failover` slots,
+synchronized_standby_slots). If the connection breaks, the session ends.
 """
 
 import json
@@ -16,7 +18,7 @@ from cdc_outbox.errors import BrokenInvariant, PoisonEvent, ServerStopping
 from cdc_outbox.journal import dead_letters
 from cdc_outbox.journal.continuity import HEADROOM_BYTES, Continuity
 from cdc_outbox.journal.settlement import Settlement
-from cdc_outbox.postgres.connection import BoundedConnection
+from cdc_outbox.postgres.connection import BoundedConnection, translated
 from cdc_outbox.postgres.publication import SentTable
 from cdc_outbox.relay.headers import Headers
 from cdc_outbox.relay.requests import RedriveRequest
@@ -41,6 +43,7 @@ class NoJournal:
 
     settled: Sequence[Position] = ()
     started_at = LSN(0)
+    written_lsn = LSN(0)
 
     def park(self, parking: Parking) -> bool:
         raise BrokenInvariant(f"event {parking.position} cannot be parked: there is no journal")
@@ -91,11 +94,15 @@ class Journal:
         self.settled: Sequence[Position] = dead_letters.settled_since(
             connection, continuity.system_identifier, slot, confirmed
         )
+        #: end of the log after what was written last about an event
+        self.written_lsn = LSN(0)
+        if self.settled:
+            self._look_where_the_log_ends()
 
     def park(self, parking: Parking) -> bool:
-        """Keep an event that can never be published; it is settled when this returns. False if it was kept before."""
+        """Keep an event that can never be published. False if it was kept before."""
         event, poison = parking.event, parking.poison
-        return dead_letters.put(
+        is_new = dead_letters.put(
             self._connection,
             {
                 "system_identifier": self._continuity.system_identifier,
@@ -115,6 +122,8 @@ class Journal:
                 "detail": poison.message,
             },
         )
+        self._look_where_the_log_ends()
+        return is_new
 
     def take(self, request: RedriveRequest) -> Record | PassedOver | None:
         """What is to be published; None if the request is another relay's, or was carried out before a crash.
@@ -127,6 +136,7 @@ class Journal:
         state = letter["state"] if letter else "unknown"
         if letter is None or state in ("redriven", "discarded") or request.dead_letter_id in self._in_flight:
             dead_letters.passed_over(self._connection, request.id, request.dead_letter_id)
+            self._look_where_the_log_ends()
             return PassedOver(state)
         topic = request.topic or letter["topic"] or ""
         key = request.key if request.key is not None else letter["key"] or b""
@@ -138,10 +148,12 @@ class Journal:
         dead_letters.refused_again(
             self._connection, request.id, request.dead_letter_id, reason=poison.reason, detail=poison.message
         )
+        self._look_where_the_log_ends()
 
     def redriven(self, requests: Sequence[tuple[int, int]]) -> None:
         """Ids of requests, and of the dead letters that Kafka has acknowledged now."""
         dead_letters.redriven(self._connection, dict(requests))
+        self._look_where_the_log_ends()
         self._in_flight.difference_update(dead_letter_id for _, dead_letter_id in requests)
 
     def confirming(self, lsn: LSN, *, carried: bool, last: bool = False) -> None:
@@ -166,6 +178,12 @@ class Journal:
                 # It has ended this session, and waits with the stream's end for what we confirm: that is noted for.
                 self._is_server_stopping = True
         self._continuity.confirmed(lsn)
+
+    def _look_where_the_log_ends(self) -> None:
+        with translated("asking where the log ends"):
+            row = self._connection.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone()
+        assert row is not None
+        self.written_lsn = LSN.parse(row[0])
 
     def _note_what_is_due(self, lsn: LSN, *, is_needed: bool) -> None:
         self._settlement.settled(lsn)

@@ -23,7 +23,16 @@ class Batch:
     What it confirms is the last transaction that committed in it; nothing (``end_lsn`` 0) while none has.
     """
 
-    __slots__ = ("_on_failure", "end_lsn", "events", "first_commit_time_ms", "outstanding", "per_topic", "redriven")
+    __slots__ = (
+        "_on_failure",
+        "end_lsn",
+        "events",
+        "first_commit_time_ms",
+        "outstanding",
+        "per_topic",
+        "redriven",
+        "written_lsn",
+    )
 
     def __init__(self, on_failure: OnFailure) -> None:
         self._on_failure = on_failure
@@ -39,6 +48,9 @@ class Batch:
         self.per_topic: defaultdict[str, int] = defaultdict(int)
         #: requests, and the dead letters that were published again in it: recorded before the batch is passed
         self.redriven: list[tuple[int, int]] = []
+        #: end of the log when something was written to the journal for it, or 0: it is passed once the stream
+        #: has shown WAL up to there
+        self.written_lsn = 0
 
     def on_delivery(self, error: object, message: object) -> None:
         """librdkafka's delivery report. A failed event stays outstanding: nothing after it is ever confirmed.

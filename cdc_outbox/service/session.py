@@ -29,6 +29,8 @@ _FLUSH_SECONDS: Final = 0.002
 _CONFIRM_AFTER_SECONDS: Final = 0.02
 #: How often the server hears from us at least; its own patience (wal_sender_timeout, see stream.py) is 10 s.
 _STATUS_EVERY_SECONDS: Final = 2.0
+#: How often the server is asked how far it is, while something waits for that.
+_ASK_AGAIN_SECONDS: Final = 0.05
 #: A server silent for so long is asked to answer; then the relay is not ready, and asks on a fresh connection whether
 #: the stream is still there; then it is given up, whatever it is.
 _SILENCE_ASKED_SECONDS: Final = 4.0
@@ -99,6 +101,9 @@ class Session:
         self._isolation: Isolation | None = None
         #: events were settled since the last status update
         self._carried = False
+        #: what is to be confirmed next was written to the journal, and the stream has not shown the log up to there
+        self._waits_for_wal = False
+        self._watermark.current.written_lsn = self._journal.written_lsn
 
     def suspect(self, reached: Position, isolation: Isolation) -> None:
         """Among the events up to ``reached`` is one that the broker refuses: publish them one by one to find it."""
@@ -154,6 +159,7 @@ class Session:
                     self._pipeline.redrive(request, record)
             case RedriveRefused():
                 self._parker.refuse(stop)
+        self._watermark.current.written_lsn = self._journal.written_lsn
 
     def _make_room(self) -> None:
         """Wait until less is in flight. If nothing is, no room will come."""
@@ -221,6 +227,8 @@ class Session:
     def _seconds_to_wait(self, now: float) -> float:
         if self._publisher.in_flight:
             return _DELIVERY_WAIT_SECONDS
+        if self._waits_for_wal:
+            return max(0.0, self._sent_at + _ASK_AGAIN_SECONDS - now)
         if self._watermark.settled_lsn > self._sent_lsn:
             return max(0.0, self._sent_at + _CONFIRM_AFTER_SECONDS - now)
         return _IDLE_WAIT_SECONDS
@@ -234,12 +242,22 @@ class Session:
         self._report(self._stream.heard_at)
 
     def _drain(self, timeout_seconds: float) -> None:
-        """Wait until nothing is in flight, at most ``timeout_seconds``."""
+        """Wait until nothing is in flight, and all may be confirmed, at most ``timeout_seconds``."""
         deadline = time.monotonic() + timeout_seconds
-        while self._publisher.in_flight and (left := deadline - time.monotonic()) > 0:
+        self._settle()
+        while (self._publisher.in_flight or self._waits_for_wal) and (left := deadline - time.monotonic()) > 0:
             self._publisher.flush(min(0.1, left))
             self._settle()
             self._report(time.monotonic())
+            if self._waits_for_wal:
+                self._hear()
+
+    def _hear(self) -> None:
+        """Where the server is. What it sends besides is thrown away, and comes again in the next session."""
+        for frame in self._stream.frames():
+            self._pipeline.hear(frame)
+        if not self._stream.receive():
+            self._stream.wait(_DELIVERY_WAIT_SECONDS)
 
     def _settle_what_came_before(self) -> None:
         """An operator is needed: confirm what came before the trouble, so that no restart sends it again."""
@@ -255,9 +273,14 @@ class Session:
 
     def _settle(self) -> None:
         """Let the watermark move over what Kafka has acknowledged, or over what the server skipped while we idle."""
+        self._waits_for_wal = False
         for batch in self._watermark.advance():
             if batch.redriven:
                 self._journal.redriven(batch.redriven)
+                batch.redriven, batch.written_lsn = [], self._journal.written_lsn
+            if batch.written_lsn > self._pipeline.wal_end:
+                self._waits_for_wal = True
+                break
             self._metrics.batch_settled(batch)
             self._carried |= batch.events > 0
         if not self._pipeline.in_transaction:
@@ -270,6 +293,7 @@ class Session:
         if (
             self._pipeline.reply_requested
             or (moved and since >= _CONFIRM_AFTER_SECONDS)
+            or (self._waits_for_wal and since >= _ASK_AGAIN_SECONDS)
             or since >= _STATUS_EVERY_SECONDS
         ):
             self._send_status()
@@ -283,11 +307,11 @@ class Session:
 
     def _send_status(self, *, last: bool = False) -> None:
         now = time.monotonic()
-        silent = now - self._stream.heard_at > _SILENCE_ASKED_SECONDS
+        asks = self._waits_for_wal or now - self._stream.heard_at > _SILENCE_ASKED_SECONDS
         self._journal.confirming(self._watermark.settled_lsn, carried=self._carried, last=last)
         self._carried = False
         self._sent_lsn = self._watermark.settled_lsn
-        self._stream.send_status(self._sent_lsn, request_reply=silent)
+        self._stream.send_status(self._sent_lsn, request_reply=asks)
         self._sent_at = now
         self._pipeline.reply_requested = False
         self._health.confirmed_lsn = self._sent_lsn

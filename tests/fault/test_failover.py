@@ -4,9 +4,11 @@ What has to be set, and why, is in the runbook (deploy/runbook.md, "Move to a ne
 """
 
 import os
+import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from psycopg import conninfo
 from cdc_outbox.demo.postgres import EmbeddedPostgres
 from cdc_outbox.demo.relay import RelayProcess
 from cdc_outbox.demo.stack import running, server_folder
+from cdc_outbox.wal.lsn import LSN
 from fault.checker import Evidence, judge
 from fault.reader import read_to_the_end
 from fault.stage import Incident, Outcome, reconnected
@@ -35,6 +38,18 @@ class Standby(EmbeddedPostgres):
         super().__init__(folder)
         self._primary = primary
         self._password = primary._password
+
+    @contextmanager
+    def cut_off(self) -> Iterator[None]:
+        """Its walreceiver is frozen; what was on its way is lost."""
+        with psycopg.connect(self.dsn()) as connection:
+            row = connection.execute("SELECT pid FROM pg_stat_wal_receiver").fetchone()
+        assert row
+        os.kill(row[0], signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(row[0], signal.SIGKILL)
 
     def promote(self) -> None:
         self._run("pg_ctl", "-D", str(self.data), "-w", "promote")
@@ -112,6 +127,57 @@ def test_the_relay_follows_to_the_standby(
         assert not verdict.broken_promises(), relay.said()
     outcome = Outcome("failover to a standby with the slot synced", [Incident(began, None, recovered)], verdict)
     outcomes.append(outcome)
+
+
+def test_a_dead_letter_that_the_standby_lacks_is_not_confirmed(
+    world: World, pair: tuple[EmbeddedPostgres, Standby], tmp_path: Path
+) -> None:
+    """The server waits for the standby before it sends the event; the relay writes its row after that."""
+    primary, standby = pair
+    world.settings["CDC_OUTBOX_RELAY__ON_POISON"] = "dead-letter"
+    with psycopg.connect(primary.dsn(), autocommit=True) as connection:
+        connection.execute("ALTER SYSTEM SET synchronous_standby_names = ''")  # what is committed need not be there
+        connection.execute("SELECT pg_reload_conf()")
+    assert command.run(world.environment, "migrate", "up", "--failover").exit_code == 0
+    environment = {key: value for key, value in world.environment.items() if not key.endswith("LISTEN")}
+    with RelayProcess(environment, tmp_path / "relay.log") as relay:
+        relay.wait_until_ready()
+        wait_until(lambda: slot_is_synced(standby, world.slot), "the standby has the slot", timeout_seconds=60)
+        with ExitStack() as cut_off:
+            with psycopg.connect(world.dsn) as locking:
+                locking.execute("LOCK TABLE cdc_outbox.dead_letter IN ACCESS EXCLUSIVE MODE")
+                event = world.insert("no topic")
+                wait_until(lambda: waits_for_lock(world), "the relay has the event, and cannot write its row")
+                cut_off.enter_context(standby.cut_off())
+            wait_until(lambda: dead_letters(world) == [event], "the row is written, where the standby does not see it")
+            time.sleep(2)  # a hundred times as long as a confirmation takes
+            (commit_lsn,) = world.db.execute("SELECT commit_lsn::text FROM cdc_outbox.dead_letter").fetchone() or ("",)
+            assert world.confirmed_lsn() <= LSN.parse(commit_lsn), "it would be lost with the primary"
+            assert relay.process.poll() is None, relay.said()
+            primary.stop("immediate")
+        wait_until(lambda: is_up(standby), "the standby has recovered from that")
+        promoted_at = datetime.now(UTC)
+        standby.promote()
+        world.db = reconnected(world)
+        wait_until(lambda: dead_letters(world) == [event], "it is sent again, and kept", timeout_seconds=60)
+        (created_at,) = world.db.execute("SELECT created_at FROM cdc_outbox.dead_letter").fetchone() or (None,)
+        assert created_at > promoted_at, "the standby had it, and this test shows nothing"
+        world.wait_until_confirmed()
+
+
+def is_up(standby: Standby) -> bool:
+    with suppress(psycopg.OperationalError), psycopg.connect(standby.dsn()):
+        return True
+    return False
+
+
+def waits_for_lock(world: World) -> bool:
+    query = "SELECT FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND application_name = 'cdc-outbox state'"
+    return world.db.execute(query).rowcount == 1
+
+
+def dead_letters(world: World) -> list[str]:
+    return [event_id for (event_id,) in world.db.execute("SELECT event_id FROM cdc_outbox.dead_letter")]
 
 
 def wait_for_more(writer: Writer, count: int) -> None:
