@@ -23,7 +23,7 @@ from psycopg import conninfo
 
 from benchmarks.arena import Arena
 from benchmarks.drain import Incomplete
-from cdc_outbox.demo.scene import own_database
+from cdc_outbox.demo.sandbox import own_database
 from cdc_outbox.inbox import schema as inbox_schema
 from cdc_outbox.inbox.confluent import consume
 from cdc_outbox.inbox.psycopg import Inbox, Message

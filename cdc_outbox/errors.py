@@ -8,7 +8,7 @@ the hint says how to fix it. The edges translate library exceptions into these w
     ├── ConfigurationError      correct the configuration or the command line     exit 2
     ├── UnavailableError        try again with backoff; `run` never exits on it
     │   ├── SourceUnavailable   PostgreSQL
-    │   │   └── ServerStopping  it is being stopped, and waits for us to let go
+    │   │   └── ServerStopping  it is being stopped, and waits for us to close the stream
     │   └── BrokerUnavailable   Kafka
     │       └── BatchRefused    one event of a batch, but which? Try again one by one
     ├── SlotInUse               another relay leads: stand by

@@ -1,4 +1,4 @@
--- Why: a slot that was dropped and made anew begins where it was made. What was committed before is not in it, and
+-- Why: a slot that was dropped and created again begins where it was made. What was committed before is not in it, and
 -- nothing in the replication protocol tells. The relay notes here up to where it may confirm, and what the server had
 -- counted for the slot by then, and compares before it streams (cdc_outbox/journal/continuity.py).
 --
@@ -21,4 +21,4 @@ COMMENT ON TABLE cdc_outbox.confirmation IS 'By this a relay notices that its sl
 COMMENT ON COLUMN cdc_outbox.confirmation.confirmed_lsn IS 'Confirmed when this was noted; the slot may be ahead of it';
 COMMENT ON COLUMN cdc_outbox.confirmation.limit_lsn IS 'No relay confirms beyond this without raising it first';
 COMMENT ON COLUMN cdc_outbox.confirmation.decoded_transactions IS 'total_txns of pg_stat_replication_slots';
-COMMENT ON COLUMN cdc_outbox.confirmation.counted_since IS 'If this differs, that counter began anew for another reason';
+COMMENT ON COLUMN cdc_outbox.confirmation.counted_since IS 'If this differs, that counter was reset for another reason';

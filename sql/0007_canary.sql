@@ -1,4 +1,4 @@
--- Why: an outbox may be silent because nothing happens, or because nothing arrives. A canary is a row that comes by on
+-- Why: an outbox may be silent because nothing happens, or because nothing arrives. A canary is a row that arrives on
 -- purpose: planted by the relay every canary.every_seconds (off by default) and by `cdc-outbox doctor`, it goes the way
 -- of every event, into a topic of its own. The table is an outbox like any other, so it belongs to the publication.
 --

@@ -16,7 +16,7 @@ from rich.table import Table
 from cdc_outbox.demo.ledger import Verdict
 from cdc_outbox.demo.postgres import find_psql
 from cdc_outbox.demo.relay import RelayProcess
-from cdc_outbox.demo.scene import Scene
+from cdc_outbox.demo.sandbox import Sandbox
 from cdc_outbox.demo.show import Show
 from cdc_outbox.errors import CheckFailed
 
@@ -31,7 +31,7 @@ from cdc_outbox.errors import CheckFailed
 def command(*, seconds: float, keep: bool, postgres: str | None, kafka: str | None, calm: bool, as_json: bool) -> None:
     """Show it: a real PostgreSQL, a real Kafka, an application that emits, the relay, a consumer that acts once.
 
-    On the way relay and consumer are killed and started anew. Without Docker, Java or root. On servers that are given
+    On the way relay and consumer are killed and started again. Without Docker, Java or root. On servers that are given
     it works in databases and topics of its own, and removes them. Exits with 0 only if every committed event was
     delivered, in order, and no other, and the consumer acted on each once; else with 4.
     """
@@ -39,19 +39,19 @@ def command(*, seconds: float, keep: bool, postgres: str | None, kafka: str | No
     console.quiet = not console.is_terminal  # nothing but data in a pipe
     verdicts: list[Verdict] = []
 
-    def curtain(verdict: Verdict, scene: Scene, relay: RelayProcess) -> None:
+    def at_end(verdict: Verdict, sandbox: Sandbox, relay: RelayProcess) -> None:
         verdicts.append(verdict)
         if as_json:
             click.echo(orjson.dumps({**asdict(verdict), "good": verdict.good}))
         else:
             _show_verdict(verdict)
         if keep:
-            _stay(scene, relay)
+            _stay(sandbox, relay)
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     try:
-        Show(console, dsn=postgres, bootstrap_servers=kafka, calm=calm).run(seconds, curtain)
+        Show(console, dsn=postgres, bootstrap_servers=kafka, calm=calm).run(seconds, at_end)
     except KeyboardInterrupt:
         if not verdicts:
             raise CheckFailed("interrupted before there was a verdict; everything was taken down") from None
@@ -83,8 +83,8 @@ def _show_verdict(verdict: Verdict) -> None:
 _STAYING = """
 Everything is still up:
 
-  PostgreSQL  {scene.dsn}
-  Kafka       {scene.bootstrap_servers}, topics {scene.name}.*
+  PostgreSQL  {sandbox.dsn}
+  Kafka       {sandbox.bootstrap_servers}, topics {sandbox.name}.*
   relay       http://{relay.address}/metrics
 
 In another terminal:
@@ -107,11 +107,11 @@ def _program() -> str:
     return f"{shlex.quote(sys.executable)} -m cdc_outbox"
 
 
-def _stay(scene: Scene, relay: RelayProcess) -> None:
-    environment = {**scene.environment, "CDC_OUTBOX_HTTP__LISTEN": relay.address}
+def _stay(sandbox: Sandbox, relay: RelayProcess) -> None:
+    environment = {**sandbox.environment, "CDC_OUTBOX_HTTP__LISTEN": relay.address}
     exports = "\n".join(f"export {name}={shlex.quote(value)}" for name, value in environment.items())
     psql = shlex.quote(find_psql())
-    click.echo(_STAYING.format(scene=scene, relay=relay, exports=exports, program=_program(), psql=psql))
+    click.echo(_STAYING.format(sandbox=sandbox, relay=relay, exports=exports, program=_program(), psql=psql))
     sys.stdout.flush()
     while not relay.ended:
         time.sleep(0.5)

@@ -1,7 +1,7 @@
-"""The show: a stack, a scene on it, an application, the relay, a consumer, a live table and a verdict.
+"""The show: a stack, a sandbox on it, an application, the relay, a consumer, a live table and a verdict.
 
 Everything is entered on one exit stack: however the show ends, what it started is gone in the reverse order. On the way
-relay and consumer are killed and started anew, each once, unless a calm show is asked for.
+relay and consumer are killed and started again, each once, unless a calm show is asked for.
 """
 
 import time
@@ -27,7 +27,7 @@ from cdc_outbox.demo.consumer import EFFECT_TABLE, ConsumerProcess
 from cdc_outbox.demo.kafka import KAFKA_SIZE_BYTES, DownloadProgress, fetch_kafka
 from cdc_outbox.demo.ledger import Ledger, Verdict
 from cdc_outbox.demo.relay import RelayProcess
-from cdc_outbox.demo.scene import Scene, made_scene, own_database, own_group, own_topics, unique_name
+from cdc_outbox.demo.sandbox import Sandbox, make_sandbox, own_database, own_group, own_topics, unique_name
 from cdc_outbox.demo.stack import Servers, servers
 from cdc_outbox.demo.traffic import AGGREGATE_TYPE, Reader, Writer, make_account_table
 from cdc_outbox.errors import CheckFailed
@@ -51,8 +51,8 @@ class Show:
         self._calm = calm
         self._ledger = Ledger()
 
-    def run(self, seconds: float, curtain: Callable[[Verdict, Scene, RelayProcess], None]) -> None:
-        """Run traffic for ``seconds`` and call ``curtain`` with the verdict before anything is taken down.
+    def run(self, seconds: float, at_end: Callable[[Verdict, Sandbox, RelayProcess], None]) -> None:
+        """Run traffic for ``seconds`` and call ``at_end`` with the verdict before anything is taken down.
 
         Raises CheckFailed if the relay does not start, ConfigurationError if no stack is to be had.
         """
@@ -62,13 +62,13 @@ class Show:
             dsn, bootstrap_servers = started.dsn, started.bootstrap_servers
             name = unique_name("cdc_outbox_demo")
             settings = {"CDC_OUTBOX_KAFKA__TOPIC": f"{name}.{{aggregate_type}}"}
-            scene = stack.enter_context(made_scene(dsn, bootstrap_servers, name, settings))
+            sandbox = stack.enter_context(make_sandbox(dsn, bootstrap_servers, name, settings))
             consumer_dsn = stack.enter_context(_consumers_database(dsn, f"{name}_consumer"))
             stack.enter_context(own_topics(bootstrap_servers, f"{name}."))
             stack.enter_context(own_group(bootstrap_servers, name))
-            topic = _make_topic(scene)
-            make_account_table(scene.dsn)
-            relay = stack.enter_context(RelayProcess(scene.environment, folder / "relay.log"))
+            topic = _make_topic(sandbox)
+            make_account_table(sandbox.dsn)
+            relay = stack.enter_context(RelayProcess(sandbox.environment, folder / "relay.log"))
             relay.wait_until_ready()
             consumer = stack.enter_context(
                 ConsumerProcess(
@@ -80,15 +80,15 @@ class Show:
                 )
             )
             with (
-                connect(scene.dsn) as source,
+                connect(sandbox.dsn) as source,
                 connect(consumer_dsn) as effects,
                 Reader(bootstrap_servers, topic, self._ledger),
                 closing(_offsets_of(bootstrap_servers, name)) as offsets,
             ):
-                self._run_traffic(_Cast(scene, relay, consumer, source, effects, offsets, topic), seconds)
+                self._run_traffic(_Running(sandbox, relay, consumer, source, effects, offsets, topic), seconds)
                 rows = effects.execute("SELECT aggregate_id, event_id FROM effect ORDER BY place").fetchall()
             self._ledger.take_effects(rows)
-            curtain(self._ledger.verdict(), scene, relay)
+            at_end(self._ledger.verdict(), sandbox, relay)
 
     def _servers(self, stack: ExitStack) -> Servers:
         """Those given, or started now."""
@@ -102,45 +102,45 @@ class Show:
                 self._console.print(f"[green]✓[/] {name} at 127.0.0.1:{server.port}")
         return started
 
-    def _run_traffic(self, cast: "_Cast", seconds: float) -> None:
+    def _run_traffic(self, running: "_Running", seconds: float) -> None:
         """Writers for ``seconds``, then whoever reads until it has seen all or time is up."""
         started = time.monotonic()
-        deaths = deque([("relay", cast.relay, seconds / 3), ("consumer", cast.consumer, seconds * 2 / 3)])
+        deaths = deque([("relay", running.relay, seconds / 3), ("consumer", running.consumer, seconds * 2 / 3)])
         if self._calm:
             deaths.clear()
         with Live(console=self._console, auto_refresh=False) as live:
 
             def watch(phase: str) -> None:
-                cast.check()
+                running.check()
                 elapsed_seconds = time.monotonic() - started
-                live.update(_live_table(self._ledger, cast, phase, elapsed_seconds), refresh=True)
+                live.update(_live_table(self._ledger, running, phase, elapsed_seconds), refresh=True)
                 time.sleep(_REFRESH_SECONDS)
 
             with ExitStack() as writers:
                 for number in range(_WRITERS):
-                    writers.enter_context(Writer(number, cast.scene.dsn, AGGREGATE_TYPE, self._ledger))
+                    writers.enter_context(Writer(number, running.sandbox.dsn, AGGREGATE_TYPE, self._ledger))
                 while deaths or time.monotonic() < started + seconds:
                     if deaths and time.monotonic() >= started + deaths[0][2]:
                         name, process, _ = deaths.popleft()
                         process.kill()
                         process.start()
                         self._ledger.kills += 1
-                        live.console.print(f"[yellow]✗[/] {name} killed with SIGKILL, and started anew")
+                        live.console.print(f"[yellow]✗[/] {name} killed with SIGKILL, and started again")
                     watch("writing")
             deadline = time.monotonic() + _CATCH_UP_SECONDS
             while time.monotonic() < deadline and not (
-                self._ledger.delivered_count >= self._ledger.committed_count <= cast.effect_count()
-                and cast.records_unread() == 0  # copies come last, and must have no effect
+                self._ledger.delivered_count >= self._ledger.committed_count <= running.effect_count()
+                and running.records_unread() == 0  # copies come last, and must have no effect
             ):
                 watch("catching up")
             watch("done")
 
 
 @dataclass(frozen=True, slots=True)
-class _Cast:
+class _Running:
     """Who plays, and a connection to either database."""
 
-    scene: Scene
+    sandbox: Sandbox
     relay: RelayProcess
     consumer: ConsumerProcess
     source: Connection
@@ -169,7 +169,7 @@ class _Cast:
         return unread
 
     def lag_bytes(self) -> int:
-        slot = find_slot(self.source, self.scene.name)
+        slot = find_slot(self.source, self.sandbox.name)
         return slot.lag_bytes if slot and slot.lag_bytes else 0
 
 
@@ -188,15 +188,15 @@ def _offsets_of(bootstrap_servers: str, group: str) -> Consumer:
     return Consumer({"bootstrap.servers": bootstrap_servers, "group.id": group, "log_level": 0})
 
 
-def _make_topic(scene: Scene) -> str:
+def _make_topic(sandbox: Sandbox) -> str:
     """With more partitions than the broker would give it."""
-    topic = f"{scene.name}.{AGGREGATE_TYPE}"
-    admin = AdminClient({"bootstrap.servers": scene.bootstrap_servers, "log_level": 0})
+    topic = f"{sandbox.name}.{AGGREGATE_TYPE}"
+    admin = AdminClient({"bootstrap.servers": sandbox.bootstrap_servers, "log_level": 0})
     admin.create_topics([NewTopic(topic, _PARTITIONS, -1)])[topic].result()
     return topic
 
 
-def _live_table(ledger: Ledger, cast: _Cast, phase: str, seconds: float) -> Table:
+def _live_table(ledger: Ledger, running: _Running, phase: str, seconds: float) -> Table:
     percentiles = ledger.percentiles_seconds()
     p50, p99 = (f"{value * 1000:.1f} ms" for value in percentiles) if percentiles else ("-", "-")
     table = Table(title=f"cdc-outbox demo · {phase} · {seconds:.0f} s", title_justify="left", show_header=False)
@@ -205,9 +205,9 @@ def _live_table(ledger: Ledger, cast: _Cast, phase: str, seconds: float) -> Tabl
     table.add_row("events committed", f"{ledger.committed_count:,}")
     table.add_row("events rolled back", f"{len(ledger.rolled_back):,}")
     table.add_row("events delivered", f"{ledger.delivered_count:,}")
-    table.add_row("effects of them", f"{cast.effect_count():,}")
+    table.add_row("effects of them", f"{running.effect_count():,}")
     table.add_row("lag, events", f"{max(0, ledger.committed_count - ledger.delivered_count):,}")
-    table.add_row("lag, slot", decimal(cast.lag_bytes()))
+    table.add_row("lag, slot", decimal(running.lag_bytes()))
     table.add_row("latency p50", p50)
     table.add_row("latency p99", p99)
     return table

@@ -241,7 +241,7 @@ class _Loop(Generic[C]):
         if self.parks:
             self._park(message, why, 1)
             return
-        with self.database.transaction() as connection:  # who starts again, with another handler, begins to count anew
+        with self.database.transaction() as connection:  # who starts again, with another handler, begins to count again
             self.inbox.forget_attempts(connection, [message])
         raise PoisonMessage(message, why if isinstance(why, str) else repr(why))
 

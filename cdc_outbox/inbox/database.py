@@ -1,4 +1,4 @@
-"""A consumer's side of its database: transactions on a connection that is made anew; and whose fault a failure is.
+"""A consumer's side of its database: transactions on a connection that is created again; and whose fault a failure is.
 
 A handler's error is the message's (HandlerFailed), a deadlock in it too; one of the database is nobody's and passes
 (TryLater); and what waiting does not help is the caller's: it is raised as it is.

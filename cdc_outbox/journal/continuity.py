@@ -1,13 +1,16 @@
-"""Continuity: notices that the slot is not the one that was confirmed to, so that a gap is said and not skipped.
+"""Continuity: detects that the slot is not the one that was confirmed to, so that a gap is told and not skipped.
 
-A slot that was dropped and made anew begins where it was made, and nothing in the protocol tells. So the relay notes in
-cdc_outbox.confirmation, before it confirms beyond what is noted, up to where it may; and with it how many transactions
-the server had decoded for the slot. Two signs of a gap follow, and either is enough:
+A slot that was dropped and created again begins where it was created, and nothing in the protocol tells. So the relay
+notes in cdc_outbox.confirmation, before it confirms beyond what is noted, up to where it may; and with it how many
+transactions the server had decoded for the slot. Two signs of a gap follow, and either is enough:
 
-- the slot stands beyond what was noted: somebody else moved it, or made it there;
-- the server's count for the slot is smaller than it was: the slot is a new one. This shows even a slot made anew right
-  after a crash of the relay. It proves nothing after a crash of the server or a failover, where counts begin anew;
+- the slot stands beyond what was noted: somebody else moved it, or created it there;
+- the server's count for the slot is smaller than it was: the slot is a new one. This shows even a slot created again
+  right after a crash of the relay. It proves nothing after a crash of the server or a failover, where counts are reset;
   `counted_since` says so.
+
+The note serves a second purpose: a crash of the server puts the slot back to its last checkpoint, and reading then
+starts where the note says that all before is confirmed.
 
 And a server can be another one (restored, cloned) or have lost what it had sent (restored, failed over too early).
 Source: PostgreSQL manual, "pg_stat_replication_slots" (total_txns), "Streaming Replication Protocol" (IDENTIFY_SYSTEM).
@@ -26,7 +29,7 @@ from cdc_outbox.wal.lsn import LSN
 #: How far ahead of what is confirmed the limit is noted: one small write for so many bytes of WAL.
 HEADROOM_BYTES: Final = 16 * 1024 * 1024
 
-#: What the server has counted for a slot, and what would make that count begin anew: another history of the server
+#: What the server has counted for a slot, and what would reset that count: another history of the server
 #: (timeline), a crash (it resets all statistics, the archiver's too), or somebody's reset.
 _COUNTED: Final = f"""
     SELECT coalesce(counter.total_txns, 0) AS transactions,
@@ -150,7 +153,7 @@ class Continuity:
         if system_identifier != server.system_identifier:
             raise self._another_server(system_identifier, server)
         if is_beyond or is_new:
-            how = "was made anew" if is_new else "stands beyond what was confirmed"
+            how = "was created again" if is_new else "stands beyond what was confirmed"
             raise OperatorNeeded(
                 f"replication slot {self._slot!r} {how}: it begins at {stands_at}, but events are confirmed only up to "
                 f"{confirmed} (as of {noted_at}); what was committed between is not in it",

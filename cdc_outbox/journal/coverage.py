@@ -43,7 +43,7 @@ _SENT_HEAPS: Final = """
                         FROM pg_depend WHERE classid = 'pg_class'::regclass AND objid = ANY (path) AND objsubid = 0
                          AND refclassid = 'pg_namespace'::regclass)) AS fingerprint,
            CASE WHEN current_setting('track_counts')::bool
-                -- counts begin anew after a crash, and so do those of the archiver; or by a reset
+                -- counts are reset after a crash, and so do those of the archiver; or by a reset
                 THEN concat_ws('@', pg_stat_get_tuples_updated(heap),
                                (SELECT extract(epoch FROM stats_reset) FROM pg_stat_archiver),
                                (SELECT extract(epoch FROM pg_stat_get_db_stat_reset_time(oid))

@@ -182,7 +182,7 @@ class Publisher:
                 self._trouble = self.unreachable = None
 
     def close(self) -> None:
-        """Forget what is still queued, and end librdkafka's threads now rather than when the collector comes by."""
+        """Forget what is still queued, and end librdkafka's threads now rather than when the collector runs."""
         self.producer.purge(in_queue=True, in_flight=True, blocking=False)
         self.publish = _closed  # the hot call holds the producer, too
         del self.producer

@@ -130,9 +130,9 @@ _VERDICTS: Final = {
     "INVALID_TXN_STATE": _START_AGAIN,
     "TRANSACTION_COORDINATOR_FENCED": _START_AGAIN,
     "TRANSACTION_ABORTABLE": _START_AGAIN,
-    "UNKNOWN_TOPIC_ID": _START_AGAIN,  # the topic was made anew
+    "UNKNOWN_TOPIC_ID": _START_AGAIN,  # the topic was created again
     "INCONSISTENT_TOPIC_ID": _START_AGAIN,
-    "_UNKNOWN_PARTITION": _START_AGAIN,  # made anew, with fewer partitions
+    "_UNKNOWN_PARTITION": _START_AGAIN,  # created again, with fewer partitions
     "_MSG_TIMED_OUT": _START_AGAIN,
     "_PURGE_QUEUE": _START_AGAIN,
     "_PURGE_INFLIGHT": _START_AGAIN,

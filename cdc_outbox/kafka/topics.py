@@ -17,7 +17,7 @@ _CREATED_SECONDS: Final = 3.0
 _PROPAGATION_SECONDS: Final = 0.2
 REQUEST_SECONDS: Final = 5.0
 #: For so long after a topic was missing it is not asked about again, and others that are missing are not waited for:
-#: rows that name such topics may come by thousands.
+#: rows that name such topics may arrive by thousands.
 _MISSING_SECONDS: Final = 1.0
 _MOST_MISSING: Final = 10_000
 

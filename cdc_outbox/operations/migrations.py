@@ -23,7 +23,7 @@ from cdc_outbox.journal import continuity, settlement
 from cdc_outbox.postgres.catalog import check_server, find_table, server_major
 from cdc_outbox.postgres.connection import READER, SLOT_HINTS, Connection, granting, translated
 from cdc_outbox.postgres.publication import check_publication, wasteful
-from cdc_outbox.postgres.slots import check_slot, check_whose_slot, create_slot_sql, find_slot, slot_anew_hint
+from cdc_outbox.postgres.slots import check_slot, check_whose_slot, create_slot_sql, find_slot, recreate_hint
 
 #: Any number, as long as every cdc-outbox uses the same one: 'cdcob' in ASCII.
 _ADVISORY_LOCK: Final = 0x6364636F62
@@ -119,7 +119,7 @@ def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step
             raise OperatorNeeded(
                 f"slot {target.slot!r} is older than publication {target.publication!r}, which does not exist",
                 hint="a publication made now would not serve what that slot has yet to read; name the one that it was "
-                f"made for with postgres.publication; if there is none, {slot_anew_hint(slot.name, slot.database)}",
+                f"made for with postgres.publication; if there is none, {recreate_hint(slot.name, slot.database)}",
             )
         if _PUBLICATION_FILE not in made:
             script = _publication_script(connection, target, table_is_made=_TABLE_FILE in made)
@@ -252,7 +252,7 @@ def _is_noted(connection: Connection, slot: str) -> bool:
 
 
 def _view_steps(connection: Connection, target: Target, *, table_is_made: bool) -> list[Step]:
-    """Enter this outbox for its slot and make the view anew, unless both are so. Raises OperatorNeeded."""
+    """Enter this outbox for its slot and create the view again, unless both are so. Raises OperatorNeeded."""
     table = None if table_is_made else find_table(connection, target.table)
     resolved = target.columns.of(table.columns if table else ())
     columns = [resolved[field] for field in ("id", "aggregate_id", "event_type")]

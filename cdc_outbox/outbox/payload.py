@@ -53,7 +53,7 @@ def stored_payload(payload: Payload, kind: PayloadType, serialize: Callable[[Any
 
 
 def size_bytes(stored: str | bytes | None, kind: PayloadType) -> int:
-    """As Kafka gets it. jsonb writes it anew: with spaces, and every digit. Raises UnfitPayload."""
+    """As Kafka gets it. jsonb rewrites it: with spaces, and every digit. Raises UnfitPayload."""
     if stored is None:
         return 0
     if isinstance(stored, bytes):

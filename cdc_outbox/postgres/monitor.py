@@ -29,7 +29,7 @@ _TIMEOUT_SECONDS: Final = 1.0
 
 
 class Monitor:
-    """Looks at one slot and its publication again and again; the pool connects anew when the connection was lost."""
+    """Looks at one slot and its publication again and again; the pool connects again when the connection was lost."""
 
     def __init__(self, dsn: str, *, slot: str, check: Callable[[Connection], object]) -> None:
         """``check`` raises OperatorNeeded if the publication does not serve the outbox (any more)."""

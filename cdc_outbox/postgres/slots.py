@@ -68,7 +68,7 @@ def find_slot(connection: Connection, slot: str) -> Slot | None:
     return Slot(name, plugin or "", database or "", pid, LSN.parse(confirmed) if confirmed else None, *rest)
 
 
-def slot_anew_hint(slot: str, database: str) -> str:
+def recreate_hint(slot: str, database: str) -> str:
     """What to know before a slot is given up for another one."""
     look = "SELECT * FROM cdc_outbox.event_status WHERE NOT published"
     return (
@@ -84,7 +84,7 @@ def check_slot(connection: Connection, slot: str) -> Slot:
         raise OperatorNeeded(
             f"replication slot {slot!r} does not exist",
             hint=f"if database {database!r} never had it: cdc-outbox migrate up; if it was dropped, "
-            f"{slot_anew_hint(slot, database)}",
+            f"{recreate_hint(slot, database)}",
         )
     check_whose_slot(connection, found)
     if found.temporary:
@@ -95,12 +95,12 @@ def check_slot(connection: Connection, slot: str) -> Slot:
     if found.two_phase:
         raise OperatorNeeded(
             f"replication slot {slot!r} has two_phase on: prepared transactions would come before they are committed",
-            hint=f"name another with postgres.slot, made by cdc-outbox migrate up; {slot_anew_hint(slot, database)}",
+            hint=f"name another with postgres.slot, made by cdc-outbox migrate up; {recreate_hint(slot, database)}",
         )
     if found.wal_status == "lost":
         raise OperatorNeeded(
             f"replication slot {slot!r} is lost: PostgreSQL has removed WAL that it needed",
-            hint=slot_anew_hint(slot, database),
+            hint=recreate_hint(slot, database),
         )
     return found
 

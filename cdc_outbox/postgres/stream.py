@@ -29,7 +29,7 @@ from cdc_outbox.postgres.connection import (
     translated,
 )
 from cdc_outbox.postgres.server import Server
-from cdc_outbox.postgres.slots import check_slot_name, slot_anew_hint
+from cdc_outbox.postgres.slots import check_slot_name, recreate_hint
 from cdc_outbox.wal.frames import standby_status_update
 from cdc_outbox.wal.lsn import LSN
 
@@ -94,7 +94,7 @@ class ReplicationStream:
         options = f"proto_version '1', publication_names '{names}'"
         command = f"START_REPLICATION SLOT {check_slot_name(slot)} LOGICAL {start_lsn} ({options})"
         self._slot = slot
-        lost = slot_anew_hint(slot, self._database)
+        lost = recreate_hint(slot, self._database)
         with translated(f"replication slot {slot!r} cannot be read", {"42704": lost, "55000": lost}):
             if self._encoding.codec is None:
                 self._connection.execute(command.encode())
@@ -229,7 +229,7 @@ class ReplicationStream:
     def _publication_hint(self) -> str:
         return (
             "a publication must be older than what its slot has yet to read: this one was dropped, or made later; if "
-            f"there is no other for it, {slot_anew_hint(self._slot, self._database)}"
+            f"there is no other for it, {recreate_hint(self._slot, self._database)}"
         )
 
     def _explain_end(self) -> CdcOutboxError:
@@ -242,6 +242,6 @@ class ReplicationStream:
             error = error_class(state)(message)
         except KeyError:
             error = psycopg.OperationalError(message)
-        lost = slot_anew_hint(self._slot, self._database)
+        lost = recreate_hint(self._slot, self._database)
         hints = {"42704": self._publication_hint(), "55000": lost}
         return explain(error, "the server ended the replication stream", hints)

@@ -27,7 +27,7 @@ class Health:
         self._since = time.time()
         #: what the monitor saw and the stream cannot see; the session ends with it
         self.alarm: CdcOutboxError | None = None
-        #: when the session's loop came by last, monotonic seconds
+        #: when the session's loop last ran, monotonic seconds
         self._beat_at = time.monotonic()
         self._errors: tuple[dict[str, Any], ...] = ()
         self.confirmed_lsn = LSN(0)
@@ -39,7 +39,7 @@ class Health:
 
     @property
     def is_stuck(self) -> bool:
-        """The loop does not come by: something it waits for synchronously hangs."""
+        """The loop does not run: something it waits for synchronously hangs."""
         return self.state == "streaming" and time.monotonic() - self._beat_at > _STUCK_SECONDS
 
     def beat(self) -> None:

@@ -218,7 +218,7 @@ class Supervisor:
         hint = "run `cdc-outbox migrate up`, and GRANT cdc_outbox_relay to a role of your own"
         if config.relay.on_poison == "dead-letter":
             raise OperatorNeeded(f'relay.on_poison = "dead-letter", but {trouble}', hint=hint)
-        self._log.warning("gaps_not_noticed", reason=f"{trouble}: a slot made anew would not be noticed", hint=hint)
+        self._log.warning("gaps_not_noticed", reason=f"{trouble}: a slot created again would not be noticed", hint=hint)
         return NoJournal()
 
     def _recover(self, error: UnavailableError) -> None:

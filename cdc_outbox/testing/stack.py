@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Final
 
 from cdc_outbox.demo.relay import RelayProcess
-from cdc_outbox.demo.scene import made_scene, own_topics, unique_name
+from cdc_outbox.demo.sandbox import make_sandbox, own_topics, unique_name
 from cdc_outbox.demo.stack import servers
 from cdc_outbox.inbox import schema
 from cdc_outbox.postgres.connection import connect
@@ -45,14 +45,14 @@ def running_stack(settings: Mapping[str, str], folder: Path) -> Iterator[Stack]:
     with (
         _ended_by_sigterm(),
         servers(os.environ.get(POSTGRES_ENV), os.environ.get(KAFKA_ENV)) as started,
-        made_scene(started.dsn, started.bootstrap_servers, name, settings) as scene,
-        own_topics(scene.bootstrap_servers, f"{name}."),
-        RelayProcess(scene.environment, folder / "relay.log") as relay,
+        make_sandbox(started.dsn, started.bootstrap_servers, name, settings) as sandbox,
+        own_topics(sandbox.bootstrap_servers, f"{name}."),
+        RelayProcess(sandbox.environment, folder / "relay.log") as relay,
     ):
-        with connect(scene.dsn) as connection:
+        with connect(sandbox.dsn) as connection:
             connection.execute(schema.sql().encode())
         relay.wait_until_ready()
-        yield Stack(scene.dsn, scene.bootstrap_servers, relay.address, settings["CDC_OUTBOX_KAFKA__TOPIC"])
+        yield Stack(sandbox.dsn, sandbox.bootstrap_servers, relay.address, settings["CDC_OUTBOX_KAFKA__TOPIC"])
 
 
 @contextmanager

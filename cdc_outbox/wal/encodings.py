@@ -1,7 +1,7 @@
 """Encodings: how the text of a database is stored, and how it gets to be UTF-8.
 
 A database in UTF8 sends what it checked when it was written. In SQL_ASCII nothing was checked, and in others some
-bytes mean nothing: the server's own conversion to UTF-8 ends the walsender at such a row, each time it comes by.
+bytes mean nothing: the server's own conversion to UTF-8 ends the walsender at such a row, each time it is sent.
 So text is asked for as it is stored, and converted here: the row is poison, and the rest flows. Encodings that Python
 reads in another way than PostgreSQL (EUC_JP, EUC_KR, EUC_TW and their like) are left to the server.
 Source: PostgreSQL manual, "Character Set Support".

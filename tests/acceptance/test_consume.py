@@ -451,7 +451,7 @@ class TestPoison:
             assert time.monotonic() - began < 5
             wait_until(lambda: list(topic.states().values()) == ["parked"] * 30, "all are parked", timeout_seconds=30)
 
-    def test_the_next_start_begins_anew(self, topic: Topic) -> None:
+    def test_the_next_start_begins_again(self, topic: Topic) -> None:
         """After a stop because of poison the handler is called again; nothing says that a process has died."""
         topic.produce("1")
         for _ in range(2):

@@ -63,7 +63,7 @@ def test_what_can_never_be_published_is_put_away_and_the_rest_flows(poisoned: Wo
     assert ids_of(world, small(world), len(good)) == good, "in order, each once"
     assert set(ids_of(world, aggregate_type, 1)) == {other}, "a refusal resends what was in flight elsewhere"
     letters = dead_letters(world)
-    assert [letter["event_id"] for letter in letters] == bad, "no innocent among them"
+    assert [letter["event_id"] for letter in letters] == bad, "and no other"
     assert [letter["reason"] for letter in letters] == ["MSG_SIZE_TOO_LARGE"] * 5 + ["topic_not_allowed"]
     assert [letter["ordinal"] for letter in letters] == [2, 4, 6, 8, 10, 11]
     assert {letter["state"] for letter in letters} == {"open"}
@@ -194,7 +194,7 @@ def test_a_redrive_waits_for_the_relay(poisoned: World, start_relay: StartRelay)
     for _ in range(2):
         relay_until_confirmed(world, start_relay)
         assert ids_of(world, aggregate_type, 1) == [event_id]
-    # a request that was carried out before a crash comes by once more
+    # a request that was carried out before a crash arrives once more
     start_relay()
     world.db.execute(
         "INSERT INTO cdc_outbox.redrive_request (slot, dead_letter_id) VALUES (%(slot)s, 1), (%(slot)s, 99)",

@@ -41,7 +41,7 @@ def lenient(world: World) -> World:
 
 
 def insert_late(world: World, aggregate_type: str) -> str:
-    """An event that the topic takes for too old by the time the relay comes by."""
+    """An event that the topic takes for too old by the time the relay reads it."""
     create_topic(
         world.bootstrap_servers, f"outbox.{aggregate_type}", partitions=1, **{"message.timestamp.before.max.ms": "100"}
     )
@@ -76,7 +76,7 @@ def test_a_commit_time_that_the_topic_refuses_is_a_dead_letter(lenient: World, s
     assert len(delivered) <= 2 * len(others), "what was in flight is sent a second time, not again and again"
 
 
-def test_a_topic_made_anew_with_fewer_partitions(world: World, start_relay: StartRelay) -> None:
+def test_a_topic_created_again_with_fewer_partitions(world: World, start_relay: StartRelay) -> None:
     world.migrate()
     aggregate_type = world.create_topic()
     topic = f"outbox.{aggregate_type}"

@@ -64,7 +64,7 @@ def test_what_has_no_order_is_refused(
         Consumer(application, "search").call("newer", a_message(**message), version=version)
 
 
-def test_another_kind_of_version_begins_anew(consuming: World, start: Start) -> None:
+def test_another_kind_of_version_begins_again(consuming: World, start: Start) -> None:
     """They cannot be compared; and nothing must be old for ever."""
     application = start()
     inbox = Consumer(application, "search")

@@ -135,7 +135,7 @@ def test_an_idle_relay_notices_that_the_broker_is_back(world: World, start_relay
 
 
 def test_postgresql_stops_fast_while_the_broker_is_down(tmp_path: Path, jars: list[Path]) -> None:
-    """It waits for a walsender whose events are not confirmed, unless the relay lets go."""
+    """It waits for a walsender whose events are not confirmed, unless the relay closes the stream."""
     with server_folder() as folder:
         kafka, postgres = EmbeddedKafka(folder / "kafka", jars), EmbeddedPostgres(folder / "postgres")
         with running(kafka, postgres):

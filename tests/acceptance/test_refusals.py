@@ -95,7 +95,7 @@ def test_an_event_too_large_for_the_topic_stops_the_relay_and_nothing_passes_it(
     create_topic(world.bootstrap_servers, topic, partitions=1, **{"max.message.bytes": "3000"})
     incompressible = json.dumps({"x": "".join(str(uuid.uuid4()) for _ in range(300))})
     with world.db.transaction():
-        innocent = world.insert(f"{world.name}_small")
+        other = world.insert(f"{world.name}_small")
         poison = world.insert(f"{world.name}_small", payload=incompressible)
         world.insert(f"{world.name}_small")
     done = command.run(world.environment, "run")
@@ -104,7 +104,7 @@ def test_an_event_too_large_for_the_topic_stops_the_relay_and_nothing_passes_it(
     assert f"event {poison} of aggregate a-1 " in done.error
     assert "(Insert 2 of the transaction that commits at " in done.error
     assert "max.message.bytes" in done.error
-    assert delivered_ids(world, f"{world.name}_small", 1) == [innocent], "refused with it, published alone"
+    assert delivered_ids(world, f"{world.name}_small", 1) == [other], "refused with it, published alone"
 
 
 @pytest.mark.parametrize(

@@ -78,7 +78,7 @@ CHANGES = {
     "payload becomes jsonb": "ALTER TABLE outbox ALTER payload TYPE jsonb",
     "column before is dropped": "ALTER TABLE outbox DROP COLUMN spare",
     "column is added": "ALTER TABLE outbox ADD COLUMN late text NOT NULL DEFAULT 'x'",
-    "column is made anew": "ALTER TABLE outbox DROP COLUMN spare; ALTER TABLE outbox ADD COLUMN spare bytea",
+    "column is created again": "ALTER TABLE outbox DROP COLUMN spare; ALTER TABLE outbox ADD COLUMN spare bytea",
 }
 
 

@@ -23,7 +23,7 @@ def ids(world: World, aggregate_type: str, count: int) -> set[str | None]:
     return {dict(headers_of(record))["id"] for record in world.read(aggregate_type, count)}
 
 
-def test_a_lost_slot_is_made_anew_and_the_gap_is_sent(world: World, start_relay: StartRelay) -> None:
+def test_a_lost_slot_is_created_again_and_the_gap_is_sent(world: World, start_relay: StartRelay) -> None:
     world.migrate()
     aggregate_type = world.create_topic()
     relay = start_relay()

@@ -53,7 +53,7 @@ def main() -> None:
         {
             "bootstrap.servers": settings.bootstrap_servers,
             "group.id": settings.group,
-            "group.instance.id": "the-only-one",  # started anew after a kill it goes on at once
+            "group.instance.id": "the-only-one",  # started again after a kill it goes on at once
             "auto.offset.reset": "earliest",
             "enable.auto.commit": False,
             "enable.partition.eof": True,

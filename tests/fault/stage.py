@@ -260,7 +260,7 @@ class Stage:
         return {event_id: float(at) for event_id, at in rows}
 
     def check_retained_wal(self) -> None:
-        """I6: the slot keeps no more WAL than before, once it has caught up and a checkpoint has come by."""
+        """I6: the slot keeps no more WAL than before, once it has caught up and a checkpoint was made."""
         query = "SELECT pg_current_wal_lsn() - restart_lsn < %s FROM pg_replication_slots WHERE slot_name = %s"
 
         def came_down() -> bool:

@@ -133,7 +133,7 @@ def drop_slot(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("end", ["stopped", "killed", "streaming"])
-def test_slot_made_anew(stage: Stage, end: str) -> None:
+def test_slot_created_again(stage: Stage, end: str) -> None:
     """What was committed between is not in it: that is said, whether the relay was stopped, killed or is running."""
     relay = stage.start_relay()
     stage.start_writer(seed=23)
@@ -147,7 +147,7 @@ def test_slot_made_anew(stage: Stage, end: str) -> None:
         wait_until(lambda: noted_anything(stage), "something was noted")
         stage.kill(relay)
     else:
-        relay.process.send_signal(signal.SIGSTOP)  # it must not come by while there is no slot: that would be said too
+        relay.process.send_signal(signal.SIGSTOP)  # it must not run while there is no slot: that would be said too
     drop_slot(stage)
     stage.world.insert(stage.aggregate_types[0])
     stage.world.db.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [stage.world.slot])
@@ -156,7 +156,7 @@ def test_slot_made_anew(stage: Stage, end: str) -> None:
     else:
         relay = stage.start_relay(wait=False)
     named = [f"replication slot '{stage.world.slot}'", "what was committed between is not in it", "accept the gap"]
-    stage.refused(f"slot made anew, relay {end}", stage.ends_with(relay, *named))
+    stage.refused(f"slot created again, relay {end}", stage.ends_with(relay, *named))
 
 
 def noted_anything(stage: Stage) -> bool:
@@ -292,13 +292,13 @@ def test_database_restored_from_an_older_state(stage: Stage) -> None:
     stage.refused("database restored from an older state", seconds)
 
 
-@pytest.mark.parametrize("relay_is", ["streaming", "started anew"])
+@pytest.mark.parametrize("relay_is", ["streaming", "started again"])
 def test_database_cloned(stage: Stage, relay_is: str) -> None:
     """Another server answers at the old address, with the same database, slot and even notes in it."""
     relay = stage.start_relay()
     stage.world.insert(stage.aggregate_types[0])
     stage.world.wait_until_confirmed()
-    assert stage.stop(relay) == 0 if relay_is == "started anew" else True
+    assert stage.stop(relay) == 0 if relay_is == "started again" else True
     notes = stage.world.db.execute("SELECT * FROM cdc_outbox.confirmation").fetchall()
     with server_folder() as folder:
         clone = EmbeddedPostgres(folder / "postgres")

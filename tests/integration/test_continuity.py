@@ -62,11 +62,11 @@ def decoded_transactions(world: World) -> int:
     return row[0] if row else 0
 
 
-def make_anew(world: World) -> None:
+def create_again(world: World) -> None:
     world.db.execute("SELECT pg_drop_replication_slot(%s)", [world.slot])
     world.insert("t")
     world.db.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [world.slot])
-    wait_until(lambda: not decoded_transactions(world), "the count began anew")  # 14 takes half a second for it
+    wait_until(lambda: not decoded_transactions(world), "the count was reset")  # 14 takes half a second for it
 
 
 def test_reading_starts_where_all_before_is_known_to_be_acknowledged(migrated: World) -> None:
@@ -110,10 +110,10 @@ def test_a_slot_that_goes_on_is_not_complained_of(migrated: World) -> None:
 
 
 @pytest.mark.parametrize("limit_bytes", [0, HEADROOM_BYTES], ids=["after a clean stop", "after a crash"])
-def test_a_slot_made_anew_is_noticed(migrated: World, limit_bytes: int) -> None:
+def test_a_slot_created_again_is_noticed(migrated: World, limit_bytes: int) -> None:
     end = relay_one(migrated, Continuity(migrated.slot), limit_bytes=limit_bytes)
-    make_anew(migrated)
-    with pytest.raises(OperatorNeeded, match=rf"was made anew: .* confirmed only up to {end} ") as caught:
+    create_again(migrated)
+    with pytest.raises(OperatorNeeded, match=rf"was created again: .* confirmed only up to {end} ") as caught:
         check(migrated, Continuity(migrated.slot))
     statement = caught.value.hint.partition("accept the gap: ")[2].partition(", and start")[0]
     migrated.db.execute(statement.encode())
@@ -128,7 +128,7 @@ def test_a_slot_that_was_moved_is_noticed(migrated: World) -> None:
         check(migrated, Continuity(migrated.slot))
 
 
-def test_counts_that_began_anew_for_another_reason_prove_nothing(migrated: World) -> None:
+def test_counts_that_began_again_for_another_reason_prove_nothing(migrated: World) -> None:
     relay_one(migrated, Continuity(migrated.slot))
     migrated.db.execute("SELECT pg_stat_reset_replication_slot(%s)", [migrated.slot])
 

@@ -8,7 +8,7 @@ import psycopg
 import pytest
 from psycopg import conninfo, pq
 
-from cdc_outbox.demo.scene import own_database
+from cdc_outbox.demo.sandbox import own_database
 
 
 def interrupted_while_connecting(dsn: str) -> None:

@@ -201,7 +201,7 @@ def test_what_was_there_before_the_slot_is_never_known(every_world: World) -> No
 
 
 def test_what_was_lost_with_a_slot_stays_unknown(migrated: World) -> None:
-    """The gap of a slot made anew by hand, which the operator has accepted."""
+    """The gap of a slot created again by hand, which the operator has accepted."""
     note_confirmation(migrated)
     insert(migrated.db, "published")
     settle(settlement(migrated), migrated)
@@ -220,7 +220,7 @@ def test_what_was_lost_with_a_slot_stays_unknown(migrated: World) -> None:
     assert left(migrated) == {"lost"}
 
 
-def test_a_slot_that_migrate_made_anew_knows_all_that_came_after_it(migrated: World) -> None:
+def test_a_slot_that_migrate_created_again_knows_all_that_came_after_it(migrated: World) -> None:
     note_confirmation(migrated)
     migrated.db.execute("SELECT pg_drop_replication_slot(%s)", [migrated.slot])
     insert(migrated.db, "lost")
@@ -481,7 +481,7 @@ HOLES = {
         "ALTER PUBLICATION cdc_outbox SET (publish = 'delete')",
         "ALTER PUBLICATION cdc_outbox SET (publish = 'insert')",
     ),
-    "publication made anew": (
+    "publication created again": (
         "DROP PUBLICATION cdc_outbox",
         "CREATE PUBLICATION cdc_outbox FOR TABLE outbox WITH (publish = 'insert')",
     ),
@@ -539,7 +539,7 @@ def test_what_was_not_sent_is_never_published(migrated: World, hole: str, *, see
     settle(session, world)
     assert "in the hole" in unknown(world)
     assert "after" in published(world)
-    if hole != "unlogged":  # that writes the table anew
+    if hole != "unlogged":  # that rewrites the table
         assert "before" in published(world)
     prune(world)
     assert "in the hole" in left(world)

@@ -1,6 +1,6 @@
 """Golden bytes: what a real server of each version sends for one small history, captured once.
 
-`python -m support.golden` (in tests/) captures them anew into unit/golden/, from the embedded server and from every
+`python -m support.golden` (in tests/) captures them again into unit/golden/, from the embedded server and from every
 PostgreSQL of Debian's that is installed.
 """
 

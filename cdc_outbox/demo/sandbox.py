@@ -1,4 +1,4 @@
-"""The scene: a database, a slot and topics of one's own, on whatever servers there are, gone without a trace."""
+"""A sandbox: a database, a slot and topics of its own, on whatever servers there are; all is removed at its end."""
 
 import traceback
 import uuid
@@ -15,7 +15,7 @@ from cdc_outbox.postgres.connection import connect
 
 
 @dataclass(frozen=True, slots=True)
-class Scene:
+class Sandbox:
     """``name`` is that of its database and slot. On servers that were given it touches nothing but what is its own."""
 
     name: str
@@ -37,19 +37,19 @@ class Scene:
 
 
 def unique_name(prefix: str) -> str:
-    """For a scene that stands beside others on the same servers."""
+    """For a sandbox that stands beside others on the same servers."""
     return f"{prefix}_{uuid.uuid4().hex[:8]}"
 
 
 @contextmanager
-def made_scene(dsn: str, bootstrap_servers: str, name: str, settings: Mapping[str, str]) -> Iterator[Scene]:
+def make_sandbox(dsn: str, bootstrap_servers: str, name: str, settings: Mapping[str, str]) -> Iterator[Sandbox]:
     """With an outbox in its database, which is gone afterwards; topics are not its business."""
-    scene = Scene(name, conninfo.make_conninfo(dsn, dbname=name), bootstrap_servers, settings)
+    sandbox = Sandbox(name, conninfo.make_conninfo(dsn, dbname=name), bootstrap_servers, settings)
     with own_database(dsn, name):
-        with connect(scene.dsn) as connection:
+        with connect(sandbox.dsn) as connection:
             target = migrations.Target("public.outbox", "cdc_outbox", name)
             migrations.up(connection, target, failover=False, report=lambda _: None)
-        yield scene
+        yield sandbox
 
 
 @contextmanager
