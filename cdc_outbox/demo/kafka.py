@@ -42,8 +42,8 @@ def fetch_kafka(progress: DownloadProgress = no_progress) -> list[Path]:
 def fetch_jars(endpoint: str, progress: DownloadProgress = no_progress) -> list[Path]:
     """The jars of ``group:artifact:version`` (several joined by +) and of all that they need. Raises as above.
 
-    jgo takes a file that is there for a whole one, so a fetch that was interrupted is begun again, and one process at a
-    time fetches.
+    jgo takes a file that is there for a whole one, so a fetch that was interrupted is begun again. It puts its files in
+    place again each time it is asked, so it is asked once, by one process at a time.
     """
     try:
         import truststore
@@ -56,8 +56,9 @@ def fetch_jars(endpoint: str, progress: DownloadProgress = no_progress) -> list[
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cdc-outbox" / endpoint.replace(":", "-")
     complete = cache / "complete"
     with _lock(cache):
-        if not complete.exists():
-            shutil.rmtree(cache, ignore_errors=True)
+        if complete.exists() and (kept := [Path(line) for line in complete.read_text().splitlines()]):
+            return kept
+        shutil.rmtree(cache, ignore_errors=True)
         # the system's certificates, as pip uses them: a company's proxy is known there, not to `requests`
         truststore.inject_into_ssl()
         try:
@@ -74,7 +75,7 @@ def fetch_jars(endpoint: str, progress: DownloadProgress = no_progress) -> list[
             ) from error
         finally:
             truststore.extract_from_ssl()
-        complete.touch()
+        complete.write_text("".join(f"{jar}\n" for jar in jars))
     return jars
 
 
