@@ -51,8 +51,10 @@ class Continuity:
         #: what this process has confirmed last
         self._confirmed = LSN(0)
         self._limit = LSN(0)
-        #: the note that this process has written last: what it says is confirmed, and the timeline it was written on
-        self._last_note: tuple[LSN, int] | None = None
+        #: the note that this process has written last: what it says is confirmed, when, on which timeline
+        self._last_note: tuple[LSN, str, int] | None = None
+        #: what is confirmed since that note, or by it
+        self._confirmed_since = LSN(0)
         #: where to start reading: all before is acknowledged, wherever a crash has put the slot back to; 0: not known
         self.start_lsn = LSN(0)
         #: whether schema cdc_outbox is there, and ours to read; if not, nothing is noticed
@@ -103,9 +105,13 @@ class Continuity:
                      WHERE {is_ours}
                         ON CONFLICT (slot) DO UPDATE
                        SET (system_identifier, confirmed_lsn, limit_lsn, decoded_transactions, counted_since, noted_at)
-                         = (excluded.system_identifier, greatest(excluded.confirmed_lsn, confirmation.confirmed_lsn),
+                         = (excluded.system_identifier,
+                            CASE WHEN confirmation.system_identifier = excluded.system_identifier
+                                 THEN greatest(excluded.confirmed_lsn, confirmation.confirmed_lsn)
+                                 ELSE excluded.confirmed_lsn END,
                             excluded.limit_lsn, excluded.decoded_transactions, excluded.counted_since, now())
                      WHERE {is_ours}
+                 RETURNING confirmed_lsn::text, noted_at::text
                     """
                 ).format(
                     slot=self._slot,
@@ -115,15 +121,17 @@ class Continuity:
                     counted=_counted(self._slot),
                     is_ours=_IS_OURS.format(slot=self._slot, pid=walsender_pid),
                 )
-            ).rowcount
-        if not noted:
+            ).fetchone()
+        if noted is None:
             raise SourceUnavailable(f"replication slot {self._slot!r} is not read by this relay any more")
         self._limit = limit
-        self._last_note = confirmed, self._server.timeline
+        self._last_note = LSN.parse(noted[0]), noted[1], self._server.timeline
+        self._confirmed_since = confirmed
 
     def confirmed(self, lsn: LSN) -> None:
         """Remember what the server is told: all of it must still be there when it is connected to again."""
         self._confirmed = max(self._confirmed, lsn)
+        self._confirmed_since = max(self._confirmed_since, lsn)
 
     def _compare_with_what_was_noted(self, connection: Connection, server: Server) -> None:
         # Only a slot that nobody streams from stands still; its leader may be confirming at this very moment.
@@ -159,15 +167,17 @@ class Continuity:
                 f"{confirmed} (as of {noted_at}); what was committed between is not in it",
                 hint=f"publish what is missing, then accept the gap: {self._forget()}",
             )
-        self.start_lsn = self._acknowledged(LSN.parse(confirmed), server)
+        self.start_lsn = self._acknowledged(LSN.parse(confirmed), noted_at, server)
 
-    def _acknowledged(self, noted: LSN, server: Server) -> LSN:
-        """Up to where all is acknowledged by Kafka, or kept.
+    def _acknowledged(self, noted: LSN, noted_at: str, server: Server) -> LSN:
+        """Up to where all is acknowledged by Kafka, or kept; 0 if that is not known.
 
         What this process confirmed after its last note counts too, if the server has lost nothing and nobody else has
         relayed meanwhile: the note is still that one, on the same timeline.
         """
-        return self._confirmed if self._last_note == (noted, server.timeline) else noted
+        is_ours = self._last_note == (noted, noted_at, server.timeline)
+        lsn = max(noted, self._confirmed_since) if is_ours else noted
+        return lsn if lsn <= server.wal_end else LSN(0)
 
     def _another_server(self, before: str, now: Server) -> OperatorNeeded:
         return OperatorNeeded(

@@ -2,9 +2,10 @@
 
 Events that can never be published are kept here; redrives are looked up and recorded; and what is confirmed is noted
 beforehand. Over a connection of its own, from the session's thread, and synchronously: nothing is confirmed beyond what
-was noted, and an event is settled when its row is committed and the stream has shown the log up to there. Before that a
-standby may lack the row which is to take over, though the server waits for it before it sends (`failover` slots,
-synchronized_standby_slots). If the connection breaks, the session ends.
+was noted, and an event is settled when its row is committed. With a `failover` slot the standbys of
+synchronized_standby_slots must have that row, too: the server waits for them before it sends an event, and the row is
+written after that. If the connection breaks, the session ends.
+Source: PostgreSQL manual, "Logical Replication Failover"; walsender.c (StandbySlotsHaveCaughtup).
 """
 
 import json
@@ -20,6 +21,7 @@ from cdc_outbox.journal.continuity import HEADROOM_BYTES, Continuity
 from cdc_outbox.journal.settlement import Settlement
 from cdc_outbox.postgres.connection import BoundedConnection, translated
 from cdc_outbox.postgres.publication import SentTable
+from cdc_outbox.postgres.slots import Slot
 from cdc_outbox.relay.headers import Headers
 from cdc_outbox.relay.requests import RedriveRequest
 from cdc_outbox.relay.router import Record
@@ -29,6 +31,11 @@ from cdc_outbox.wal.position import Position
 
 #: While events flow the note is renewed so often, so that it tells much even after a crash.
 _NOTE_EVERY_SECONDS: Final = 1.0
+_STANDBYS_HAVE: Final = """
+    SELECT coalesce(bool_and(coalesce(slot.restart_lsn >= %s::pg_lsn, false)), true)
+      FROM unnest(string_to_array(current_setting('synchronized_standby_slots'), ',')) AS name
+      LEFT JOIN pg_replication_slots AS slot ON slot.slot_name = btrim(name, ' "')
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,9 @@ class NoJournal:
     settled: Sequence[Position] = ()
     started_at = LSN(0)
     written_lsn = LSN(0)
+
+    def standbys_have(self, lsn: LSN) -> bool:  # noqa: ARG002
+        return True
 
     def park(self, parking: Parking) -> bool:
         raise BrokenInvariant(f"event {parking.position} cannot be parked: there is no journal")
@@ -67,23 +77,23 @@ class Journal:
         connection: BoundedConnection,
         continuity: Continuity,
         *,
-        slot: str,
-        confirmed: LSN,
+        slot: Slot,
         started_at: LSN,
         sent: SentTable,
         walsender_pid: int,
     ) -> None:
-        """``confirmed`` is where the slot stands, ``started_at`` where reading starts if that is later.
+        """``started_at`` is where reading starts, if that is later than where ``slot`` stands.
 
         ``walsender_pid`` is the stream's, which has the slot.
         """
+        confirmed = slot.confirmed_lsn or LSN(0)
         self._connection = connection
         self._continuity = continuity
-        self._slot = slot
+        self._slot = slot.name
         #: all before is settled
         self.started_at = max(confirmed, started_at)
         self._walsender_pid = walsender_pid
-        self._settlement = Settlement(connection, slot, continuity.system_identifier, sent, confirmed=confirmed)
+        self._settlement = Settlement(connection, slot.name, continuity.system_identifier, sent, confirmed=confirmed)
         self._noted_at = time.monotonic()
         #: events were confirmed since
         self._unnoted = False
@@ -92,12 +102,11 @@ class Journal:
         self._in_flight: set[int] = set()
         #: events that are kept here, and that the stream may bring once more
         self.settled: Sequence[Position] = dead_letters.settled_since(
-            connection, continuity.system_identifier, slot, confirmed
+            connection, continuity.system_identifier, slot.name, confirmed
         )
-        #: end of the log after what was written last about an event
+        self._is_failover = bool(slot.failover)
+        #: end of the log after what was written last about an event, if standbys must have it before that is confirmed
         self.written_lsn = LSN(0)
-        if self.settled:
-            self._look_where_the_log_ends()
 
     def park(self, parking: Parking) -> bool:
         """Keep an event that can never be published. False if it was kept before."""
@@ -161,7 +170,7 @@ class Journal:
 
         ``carried`` if events were settled by it: on an idle relay only WAL moves, and a note must not make more of it.
         """
-        if not lsn:  # nothing was settled yet: the server takes no notice of it
+        if not lsn:  # nothing is known to be settled: the server takes no notice of it
             return
         if carried:
             self._unnoted = True
@@ -179,7 +188,15 @@ class Journal:
                 self._is_server_stopping = True
         self._continuity.confirmed(lsn)
 
+    def standbys_have(self, lsn: LSN) -> bool:
+        """Whether all that the server waits for, before it sends anything of this slot, have the log up to ``lsn``."""
+        with translated("looking at synchronized_standby_slots"):
+            row = self._connection.execute(_STANDBYS_HAVE, [str(lsn)]).fetchone()
+        return row == (True,)
+
     def _look_where_the_log_ends(self) -> None:
+        if not self._is_failover:
+            return
         with translated("asking where the log ends"):
             row = self._connection.execute("SELECT pg_current_wal_flush_lsn()::text").fetchone()
         assert row is not None

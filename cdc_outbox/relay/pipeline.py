@@ -14,7 +14,7 @@ from cdc_outbox.relay.router import Record, Router, Routing, UnknownTopic
 from cdc_outbox.relay.stops import DRAINED, DRY, FULL, NewTopic, Parking, RedriveRefused, Requested, Stop
 from cdc_outbox.relay.watermark import Watermark
 from cdc_outbox.wal import pgoutput
-from cdc_outbox.wal.frames import MESSAGE_START, XLOG_DATA, read_keepalive, read_wal_end
+from cdc_outbox.wal.frames import MESSAGE_START, XLOG_DATA, read_keepalive
 from cdc_outbox.wal.lsn import LSN
 from cdc_outbox.wal.position import Position
 
@@ -178,10 +178,6 @@ class Pipeline:
     def publish_in_batches(self) -> None:
         """The end of ``publish_one_by_one``."""
         self._one_by_one, self._placed = False, None
-
-    def hear(self, frame: bytes) -> None:
-        """How far the server is, from a frame that is not carried: it will be sent again."""
-        self.wal_end = max(self.wal_end, read_wal_end(frame))
 
     def admit(self, topic: str) -> None:
         """After NewTopic: it is there."""

@@ -48,9 +48,8 @@ class Batch:
         self.per_topic: defaultdict[str, int] = defaultdict(int)
         #: requests, and the dead letters that were published again in it: recorded before the batch is passed
         self.redriven: list[tuple[int, int]] = []
-        #: end of the log when something was written to the journal for it, or 0: it is passed once the stream
-        #: has shown WAL up to there
-        self.written_lsn = 0
+        #: end of the log after what was written to the journal for it, if standbys must have that first; else 0
+        self.written_lsn = LSN(0)
 
     def on_delivery(self, error: object, message: object) -> None:
         """librdkafka's delivery report. A failed event stays outstanding: nothing after it is ever confirmed.
@@ -69,7 +68,7 @@ class Watermark:
         self._on_failure = on_failure
         self._queue: deque[Batch] = deque()
         self.current = Batch(on_failure)
-        #: what may be confirmed; 0 as long as nothing was settled
+        #: what may be confirmed; 0 as long as nothing is known to be settled
         self.settled_lsn = LSN(started_at)
 
     def close_batch(self) -> None:

@@ -29,8 +29,10 @@ _FLUSH_SECONDS: Final = 0.002
 _CONFIRM_AFTER_SECONDS: Final = 0.02
 #: How often the server hears from us at least; its own patience (wal_sender_timeout, see stream.py) is 10 s.
 _STATUS_EVERY_SECONDS: Final = 2.0
-#: How often the server is asked how far it is, while something waits for that.
-_ASK_AGAIN_SECONDS: Final = 0.05
+#: How often standbys are looked at, while a confirmation waits for them; how long a stop waits; when it is not ready.
+_LOOK_AGAIN_SECONDS: Final = 0.05
+_STANDBYS_AT_STOP_SECONDS: Final = 2.0
+_STANDBYS_NOT_READY_SECONDS: Final = 8.0
 #: A server silent for so long is asked to answer; then the relay is not ready, and asks on a fresh connection whether
 #: the stream is still there; then it is given up, whatever it is.
 _SILENCE_ASKED_SECONDS: Final = 4.0
@@ -45,6 +47,7 @@ _DELIVERY_WAIT_SECONDS: Final = 0.005
 _END_SECONDS: Final = 3.0
 #: How long Kafka may take to acknowledge what came before an event that cannot be published.
 _LAST_DRAIN_SECONDS: Final = 5.0
+_STANDBYS_LACK: Final = "a standby of synchronized_standby_slots does not have what was written for an event"
 #: How often health is looked at.
 _HEALTH_EVERY_SECONDS: Final = 0.25
 
@@ -101,9 +104,9 @@ class Session:
         self._isolation: Isolation | None = None
         #: events were settled since the last status update
         self._carried = False
-        #: what is to be confirmed next was written to the journal, and the stream has not shown the log up to there
-        self._waits_for_wal = False
-        self._watermark.current.written_lsn = self._journal.written_lsn
+        #: since when what is to be confirmed next waits for standbys, monotonic seconds; None if it does not
+        self._waits_for_standbys_since: float | None = None
+        self._looked_at_standbys_at = 0.0
 
     def suspect(self, reached: Position, isolation: Isolation) -> None:
         """Among the events up to ``reached`` is one that the broker refuses: publish them one by one to find it."""
@@ -227,8 +230,8 @@ class Session:
     def _seconds_to_wait(self, now: float) -> float:
         if self._publisher.in_flight:
             return _DELIVERY_WAIT_SECONDS
-        if self._waits_for_wal:
-            return max(0.0, self._sent_at + _ASK_AGAIN_SECONDS - now)
+        if self._waits_for_standbys_since is not None:
+            return _LOOK_AGAIN_SECONDS
         if self._watermark.settled_lsn > self._sent_lsn:
             return max(0.0, self._sent_at + _CONFIRM_AFTER_SECONDS - now)
         return _IDLE_WAIT_SECONDS
@@ -242,22 +245,19 @@ class Session:
         self._report(self._stream.heard_at)
 
     def _drain(self, timeout_seconds: float) -> None:
-        """Wait until nothing is in flight, and all may be confirmed, at most ``timeout_seconds``."""
+        """Wait until nothing is in flight, at most ``timeout_seconds``; and for a moment until standbys have all."""
         deadline = time.monotonic() + timeout_seconds
-        self._settle()
-        while (self._publisher.in_flight or self._waits_for_wal) and (left := deadline - time.monotonic()) > 0:
+        while self._publisher.in_flight and (left := deadline - time.monotonic()) > 0:
             self._publisher.flush(min(0.1, left))
             self._settle()
             self._report(time.monotonic())
-            if self._waits_for_wal:
-                self._hear()
-
-    def _hear(self) -> None:
-        """Where the server is. What it sends besides is thrown away, and comes again in the next session."""
-        for frame in self._stream.frames():
-            self._pipeline.hear(frame)
-        if not self._stream.receive():
-            self._stream.wait(_DELIVERY_WAIT_SECONDS)
+        self._settle()
+        deadline = min(deadline, time.monotonic() + _STANDBYS_AT_STOP_SECONDS)
+        while self._waits_for_standbys_since is not None and time.monotonic() < deadline:
+            self._publisher.poll(_LOOK_AGAIN_SECONDS)
+            self._settle()
+        if self._waits_for_standbys_since is not None:
+            get_logger().warning("not_confirmed", reason=_STANDBYS_LACK, hint="what is not confirmed is sent again")
 
     def _settle_what_came_before(self) -> None:
         """An operator is needed: confirm what came before the trouble, so that no restart sends it again."""
@@ -273,18 +273,27 @@ class Session:
 
     def _settle(self) -> None:
         """Let the watermark move over what Kafka has acknowledged, or over what the server skipped while we idle."""
-        self._waits_for_wal = False
         for batch in self._watermark.advance():
             if batch.redriven:
                 self._journal.redriven(batch.redriven)
                 batch.redriven, batch.written_lsn = [], self._journal.written_lsn
-            if batch.written_lsn > self._pipeline.wal_end:
-                self._waits_for_wal = True
+            if batch.written_lsn and not self._standbys_have(batch.written_lsn):
                 break
             self._metrics.batch_settled(batch)
             self._carried |= batch.events > 0
         if not self._pipeline.in_transaction:
             self._watermark.advance_idle(self._pipeline.wal_end)
+
+    def _standbys_have(self, lsn: LSN) -> bool:
+        now = time.monotonic()
+        if now < self._looked_at_standbys_at + _LOOK_AGAIN_SECONDS:
+            return False
+        if self._journal.standbys_have(lsn):
+            self._waits_for_standbys_since, self._looked_at_standbys_at = None, 0.0
+            return True
+        self._looked_at_standbys_at = now
+        self._waits_for_standbys_since = self._waits_for_standbys_since or now
+        return False
 
     def _report(self, now: float) -> None:
         """Tell the server what is due, and health and metrics every now and then."""
@@ -293,7 +302,6 @@ class Session:
         if (
             self._pipeline.reply_requested
             or (moved and since >= _CONFIRM_AFTER_SECONDS)
-            or (self._waits_for_wal and since >= _ASK_AGAIN_SECONDS)
             or since >= _STATUS_EVERY_SECONDS
         ):
             self._send_status()
@@ -307,11 +315,11 @@ class Session:
 
     def _send_status(self, *, last: bool = False) -> None:
         now = time.monotonic()
-        asks = self._waits_for_wal or now - self._stream.heard_at > _SILENCE_ASKED_SECONDS
+        silent = now - self._stream.heard_at > _SILENCE_ASKED_SECONDS
         self._journal.confirming(self._watermark.settled_lsn, carried=self._carried, last=last)
         self._carried = False
         self._sent_lsn = self._watermark.settled_lsn
-        self._stream.send_status(self._sent_lsn, request_reply=asks)
+        self._stream.send_status(self._sent_lsn, request_reply=silent)
         self._sent_at = now
         self._pipeline.reply_requested = False
         self._health.confirmed_lsn = self._sent_lsn
@@ -333,6 +341,8 @@ class Session:
             self._health.become("waiting", f"no broker can be reached: {self._publisher.unreachable}")
         elif now - self._acknowledged_at > _STALL_SECONDS:
             self._health.become("waiting", "Kafka acknowledges nothing")
+        elif now - (self._waits_for_standbys_since or now) > _STANDBYS_NOT_READY_SECONDS:
+            self._health.become("waiting", _STANDBYS_LACK)
         elif silence > _SILENCE_NOT_READY_SECONDS:
             self._health.become("waiting", "the PostgreSQL server does not answer")
             self._health_at = now + _STATUS_EVERY_SECONDS  # what follows is a connection each time

@@ -46,7 +46,6 @@ from cdc_outbox.service.parking import Parker
 from cdc_outbox.service.preflight import Route, check_outbox, prepare_route
 from cdc_outbox.service.session import Session
 from cdc_outbox.service.shutdown import Shutdown, ShutdownRequested
-from cdc_outbox.wal.lsn import LSN
 
 if TYPE_CHECKING:
     from cdc_outbox.wal.position import Position
@@ -204,12 +203,10 @@ class Supervisor:
     ) -> Journal | NoJournal:
         config = self._config
         if self._continuity.is_noted:
-            slot = check_slot(connection, config.postgres.slot)
             return Journal(
                 connection,
                 self._continuity,
-                slot=config.postgres.slot,
-                confirmed=slot.confirmed_lsn or LSN(0),
+                slot=check_slot(connection, config.postgres.slot),
                 started_at=self._continuity.start_lsn,
                 sent=sent,
                 walsender_pid=stream.backend_pid,

@@ -18,7 +18,6 @@ MESSAGE_START: Final = 25
 #: The server counts microseconds from here: 2000-01-01 in Unix seconds.
 POSTGRES_EPOCH_SECONDS: Final = 946_684_800
 
-_DATA_WAL_END = struct.Struct("!9xQ")
 _KEEPALIVE = struct.Struct("!xQq?")
 _STATUS_UPDATE = struct.Struct("!cQQQq?")
 
@@ -37,14 +36,6 @@ def read_keepalive(frame: bytes) -> Keepalive:
         raise MalformedStream(f"unknown copy-both frame {frame[:1]!r} of {len(frame)} bytes")
     wal_end, _, reply_requested = _KEEPALIVE.unpack(frame)
     return Keepalive(wal_end, reply_requested)
-
-
-def read_wal_end(frame: bytes) -> int:
-    """Of any frame: where the server's WAL ends, or where the data lies. Raises MalformedStream."""
-    if len(frame) >= MESSAGE_START and frame[0] == XLOG_DATA:
-        (wal_end,) = _DATA_WAL_END.unpack_from(frame)
-        return int(wal_end)
-    return read_keepalive(frame).wal_end
 
 
 def standby_status_update(confirmed_lsn: int, *, unix_seconds: float, request_reply: bool = False) -> bytes:

@@ -88,6 +88,10 @@ def test_reading_starts_where_all_before_is_known_to_be_acknowledged(migrated: W
     migrated.db.execute("UPDATE cdc_outbox.confirmation SET confirmed_lsn = %s::pg_lsn", [str(noted)])
     check(migrated, another)
     assert another.start_lsn == noted, "the server has lost what was written last"
+    with streaming(migrated) as stream, connect(migrated.dsn) as connection:
+        another.note(connection, noted, limit=noted, walsender_pid=stream.backend_pid)
+    check(migrated, another)
+    assert another.start_lsn == noted, "what was confirmed before that note counts no more"
 
 
 def test_a_note_never_moves_back(migrated: World) -> None:

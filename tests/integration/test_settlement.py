@@ -18,6 +18,7 @@ from cdc_outbox.operations.event_status import StuckRow, stuck_rows
 from cdc_outbox.postgres import catalog
 from cdc_outbox.postgres.connection import BoundedConnection, connect, connect_bounded
 from cdc_outbox.postgres.publication import check_publication
+from cdc_outbox.postgres.slots import check_slot
 from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.wal.lsn import LSN
 from support.waiting import wait_until
@@ -319,8 +320,7 @@ def test_what_was_settled_while_a_snapshot_waited_is_noted_too(
     journal = Journal(
         bounded,
         continuity,
-        slot=migrated.slot,
-        confirmed=confirmed,
+        slot=check_slot(migrated.db, migrated.slot),
         started_at=LSN(0),
         sent=sent,
         walsender_pid=stream.backend_pid,

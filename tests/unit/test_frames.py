@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc_outbox.errors import MalformedStream
-from cdc_outbox.wal.frames import read_keepalive, read_wal_end, standby_status_update
+from cdc_outbox.wal.frames import read_keepalive, standby_status_update
 from support import frames
 
 
@@ -34,11 +34,3 @@ def test_status_update_is_laid_out_as_the_manual_says() -> None:
 def test_a_keepalive_cut_short_is_refused(cut: int) -> None:
     with pytest.raises(MalformedStream):
         read_keepalive(frames.keepalive(1)[:cut])
-
-
-def test_how_far_the_server_is_any_frame_says() -> None:
-    assert read_wal_end(frames.keepalive(7)) == 7
-    assert read_wal_end(frames.commit(8, 9)) == 9
-    for frame in (b"", b"w", b"w" * 20, b"z" * 30):
-        with pytest.raises(MalformedStream):
-            read_wal_end(frame)
