@@ -162,7 +162,8 @@ class Session:
                     self._pipeline.redrive(request, record)
             case RedriveRefused():
                 self._parker.refuse(stop)
-        self._watermark.current.written_lsn = self._journal.written_lsn
+        if isinstance(stop, Parking | Requested | RedriveRefused):
+            self._watermark.current.written_lsn = self._journal.written_lsn
 
     def _make_room(self) -> None:
         """Wait until less is in flight. If nothing is, no room will come."""

@@ -9,6 +9,7 @@ EVENTS = {
     "dead_lettered",
     "monitor_failed",
     "no_canary",
+    "not_confirmed",
     "failed",
     "gaps_not_noticed",
     "http_address_in_use",
