@@ -31,8 +31,8 @@ class Isolation:
         self.refused = 0
         #: what is to be done about the event at hand, if it was
         self.refusal: CdcOutboxError | None = None
-        #: topic, value, key, partition; timestamp, headers
-        self._event: tuple[tuple[Any, ...], tuple[Any, ...]] = ((), ())
+        #: topic, value, key, partition, timestamp, headers
+        self._event: tuple[str, bytes | None, bytes, int, int, Any] = ("", None, b"", 0, 0, [])
         self._on_delivery: Callable[[None, None], None]
         self._is_waiting = False
         self._unexpected = 0
@@ -51,7 +51,7 @@ class Isolation:
         timestamp_ms: int,
         headers: Any,
     ) -> None:
-        self._event = (topic, value, key, partition), (timestamp_ms, headers)
+        self._event = (topic, value, key, partition, timestamp_ms, headers)
         self._on_delivery = on_delivery
         self._unexpected, self._pause_seconds, self.refusal = 0, _FIRST_PAUSE_SECONDS, None
         self._is_waiting = True
@@ -74,16 +74,16 @@ class Isolation:
         return not self._is_waiting
 
     def _send(self) -> None:
-        before, after = self._event
+        topic, value, key, partition, timestamp_ms, headers = self._event
         # The callback is made here: kept, it would hold this, and the producer with its threads, for the collector.
-        self._produce(*before, self._on_report, None, *after)
+        self._produce(topic, value, key, partition, self._on_report, None, timestamp_ms, headers)
 
     def _on_report(self, error: KafkaError | None, _message: object) -> None:
         if error is None:
             self._is_waiting = False
             self._on_delivery(None, None)
             return
-        topic, verdict = self._event[0][0], verdict_on(error)
+        topic, verdict = self._event[0], verdict_on(error)
         self._count_failure(topic, error.name())
         self._unexpected += verdict is Verdict.UNEXPECTED
         if verdict not in (Verdict.PASSING, Verdict.UNEXPECTED) or self._unexpected == _TRIES:

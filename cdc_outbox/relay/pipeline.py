@@ -124,7 +124,7 @@ class Pipeline:
     def feed(self, frames: Iterable[bytes]) -> Stop:
         """Carry ``frames`` to the publisher until they run dry, or until something is to be done before it goes on.
 
-        The hot loop: per event one look-up, one row plan, one publish. `_place` is the same in slow.
+        The hot loop: per event one look-up, one row plan, one publish. `_place` does it for one event.
         Raises MalformedStream, OperatorNeeded, BrokerUnavailable. Whatever is raised, what is counted in is in flight.
         """
         if self._kept is not None and (stop := self._place(self._kept)):

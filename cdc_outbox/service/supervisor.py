@@ -26,7 +26,7 @@ from cdc_outbox.errors import (
 from cdc_outbox.extras import install_hint
 from cdc_outbox.journal.continuity import Continuity
 from cdc_outbox.journal.journal import Journal, NoJournal
-from cdc_outbox.kafka.publisher import Produce, Publisher
+from cdc_outbox.kafka.publisher import Produce, Publisher, unwrapped
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.postgres.connection import BoundedConnection, Connection, connect_bounded
 from cdc_outbox.postgres.monitor import Monitor
@@ -271,7 +271,7 @@ def _wrap_publish(config: Config) -> Callable[[Produce], Produce]:
     Raises ConfigurationError if tracing is asked for and its libraries are not there.
     """
     if not config.tracing.enabled:
-        return lambda produce: produce
+        return unwrapped
     try:
         from cdc_outbox.kafka.tracing import start_tracing, traced
     except ImportError as error:
