@@ -17,7 +17,6 @@ from typing import Any, Final, cast
 import click
 
 from cdc_outbox import __version__
-from cdc_outbox.cli.terminal import forget_output
 from cdc_outbox.config import Config, load_config
 from cdc_outbox.errors import CdcOutboxError, OperatorNeeded
 from cdc_outbox.service import logs
@@ -77,7 +76,6 @@ class _Verbs(click.Group):
         except OSError as error:
             if error.errno in (None, errno.EPIPE) or not _is_of_output(error):
                 raise
-            forget_output()
             logs.say(f"error: standard output cannot be written to: {os.strerror(error.errno).lower()}")
             sys.exit(OperatorNeeded.exit_code)
 

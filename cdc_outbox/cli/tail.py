@@ -10,7 +10,7 @@ import click
 import orjson
 
 from cdc_outbox.cli.main import Settings
-from cdc_outbox.cli.terminal import forget_output, printable
+from cdc_outbox.cli.terminal import printable
 from cdc_outbox.errors import BrokenInvariant, CdcOutboxError
 from cdc_outbox.journal.journal import NoJournal
 from cdc_outbox.postgres.connection import connect_bounded
@@ -65,10 +65,8 @@ def command(settings: Settings, *, as_json: bool) -> None:
                 shutdown,
                 Health(slot, metrics),
             ).run()
-    except ShutdownRequested:
+    except (ShutdownRequested, BrokenPipeError):  # `tail | head`: the reader has what it wanted
         return
-    except BrokenPipeError:  # `tail | head`: the reader has what it wanted
-        forget_output()
 
 
 class _NeverRaised(Exception):

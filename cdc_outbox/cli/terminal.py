@@ -1,9 +1,7 @@
-"""The terminal: what data says on it, which may be of any length and hold anything, and output that goes nowhere."""
+"""The terminal: what data says on it, which may be of any length and hold anything."""
 
 import base64
-import os
 import re
-import sys
 from typing import Final
 
 import click
@@ -30,8 +28,3 @@ def portable(content: bytes | None) -> dict[str, str] | None:
         return {"text": content.decode()}
     except UnicodeDecodeError:
         return {"base64": base64.b64encode(content).decode()}
-
-
-def forget_output() -> None:
-    """Let what standard output still holds back go nowhere: Python would try to write it once more at its end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

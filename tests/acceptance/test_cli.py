@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 
 import pytest
 from confluent_kafka.admin import AdminClient
@@ -51,6 +53,25 @@ def test_without_a_configuration_the_missing_key_is_named(verb: str) -> None:
     done = command.run({}, *verb.split())
     assert done.exit_code == 2
     assert "postgres.dsn is required -- set CDC_OUTBOX_POSTGRES__DSN" in done.error
+
+
+def test_what_a_library_cleans_up_at_exit_cannot_change_the_exit_code() -> None:
+    """OpenSSL's clearing away at exit has crashed threads of librdkafka's. Here it is a function that ends with 99."""
+    script = """if True:
+        import atexit, ctypes, os, sys
+        from cdc_outbox.__main__ import run
+
+        clears_away = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: os._exit(99))
+        ctypes.CDLL(None).__cxa_atexit(clears_away, None, None)
+        atexit.register(print, "the last spans")
+        sys.argv[1:] = ["run"]
+        run()
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=command.environment({}), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "the last spans\n"
 
 
 def test_errors_for_machines() -> None:

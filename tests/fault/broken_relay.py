@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from cdc_outbox.cli.main import main
+from cdc_outbox.__main__ import run
 from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.relay.watermark import Batch, Watermark
 from cdc_outbox.wal import pgoutput
@@ -94,4 +94,5 @@ def _wrap_publish(wrap: Callable[[Publish], Publish]) -> None:
 
 if __name__ == "__main__":
     globals()[sys.argv[1]]()
-    main(["run"])
+    sys.argv[1:] = ["run"]
+    run()

@@ -140,7 +140,7 @@ class Stage:
         """The relay must end by itself, with a code and a reason; the seconds it took."""
         began = time.monotonic()
         code = relay.process.wait(within_seconds)
-        assert code == exit_code, relay.said()
+        assert code == exit_code, f"exit code {code}: {relay.said()}"
         for text in named:
             assert text in relay.said(), relay.said()
         assert "Traceback" not in relay.said()
