@@ -2,7 +2,7 @@
 
 A message names the thing (slot, relation, LSN, topic, key of the configuration), never a payload or a password;
 the hint says how to fix it. The edges translate library exceptions into these with ``raise ... from``;
-``service.supervisor`` alone decides what is tried again; ``cli`` alone turns them into exit codes.
+``service.relay`` alone decides what is tried again; ``cli`` alone turns them into exit codes.
 
     CdcOutboxError
     ├── ConfigurationError      correct the configuration or the command line     exit 2

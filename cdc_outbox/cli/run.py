@@ -3,7 +3,7 @@
 import click
 
 from cdc_outbox.cli.main import Settings
-from cdc_outbox.service.supervisor import Supervisor
+from cdc_outbox.service.process import serve
 
 
 @click.command()
@@ -14,4 +14,4 @@ def command(settings: Settings) -> None:
     Reconnects by itself and stands by while another relay has the slot. SIGTERM, SIGINT or SIGHUP: publish what was
     read, confirm it, exit 0; a second SIGTERM or SIGINT ends at once.
     """
-    Supervisor(settings.config).run()
+    serve(settings.config)

@@ -21,7 +21,7 @@ from cdc_outbox.operations.event_status import StuckRow, count_unknown, stuck_ro
 from cdc_outbox.postgres.catalog import find_table
 from cdc_outbox.postgres.connection import connect
 from cdc_outbox.postgres.slots import Slot, check_slot
-from cdc_outbox.service.http import ask_readyz
+from cdc_outbox.service.readiness import ask_readyz
 
 _TIMEOUT_SECONDS: Final = 2.0
 #: How to see the rows of which it cannot be told whether they were published.

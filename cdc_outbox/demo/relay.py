@@ -10,7 +10,7 @@ from urllib.request import urlopen
 from cdc_outbox.demo.ports import free_port
 from cdc_outbox.demo.process import ChildProcess
 from cdc_outbox.errors import CheckFailed
-from cdc_outbox.service.http import ask_readyz
+from cdc_outbox.service.readiness import ask_readyz
 
 _READY_SECONDS: Final = 20.0
 

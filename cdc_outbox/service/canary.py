@@ -16,6 +16,7 @@ from cdc_outbox.relay.topic_template import TopicTemplate
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
+from cdc_outbox.service.phases import Phase
 
 #: How many sessions may fail for the sake of the canary's topic.
 _PATIENCE: Final = 3
@@ -84,8 +85,8 @@ class Canary:
         """Seconds until it wants to be called again, infinity if never. Raises SourceUnavailable."""
         if not self._every_seconds:
             return float("inf")
-        if self._health.state != "streaming":
-            if self._health.state == "standby":
+        if not self._health.is_streaming:
+            if self._health.phase is Phase.STANDBY:
                 self._metrics.expect_canary(expected=False)
             return self._every_seconds
         now = time.monotonic()

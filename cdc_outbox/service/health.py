@@ -1,17 +1,16 @@
-"""Health: the relay's state and, unless it streams, why not.
+"""Health: what the relay is doing and, unless it streams, why not.
 
 The relay's thread writes and others read, but for the alarm, which is the monitor's to raise.
 """
 
 import time
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from cdc_outbox.errors import CdcOutboxError
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
+from cdc_outbox.service.phases import HALTED, STREAMING, WAITING, Phase
 from cdc_outbox.wal.lsn import LSN
-
-State = Literal["starting", "streaming", "standby", "waiting", "halted"]
 
 _REMEMBERED_ERRORS: Final = 5
 _STUCK_SECONDS: Final = 8.0
@@ -22,7 +21,7 @@ class Health:
         self._slot = slot
         self.metrics = metrics
         self._log = get_logger()
-        self.state: State = "starting"
+        self.phase = Phase.CONNECTING
         self.reason = "not connected yet"
         self._since = time.time()
         #: what the monitor saw and the stream cannot see; the session ends with it
@@ -31,33 +30,37 @@ class Health:
         self._beat_at = time.monotonic()
         self._errors: tuple[dict[str, Any], ...] = ()
         self.confirmed_lsn = LSN(0)
-        metrics.set_state(self.state)
+        metrics.set_state(self.phase.state)
+
+    @property
+    def is_streaming(self) -> bool:
+        return self.phase.state == STREAMING
 
     @property
     def ready(self) -> bool:
-        return self.state == "streaming" and not self.is_stuck
+        return self.is_streaming and not self.is_stuck
 
     @property
     def is_stuck(self) -> bool:
         """The loop does not run: something it waits for synchronously hangs."""
-        return self.state == "streaming" and time.monotonic() - self._beat_at > _STUCK_SECONDS
+        return self.is_streaming and time.monotonic() - self._beat_at > _STUCK_SECONDS
 
     def beat(self) -> None:
         """To be called by the session's loop, every second at least."""
         self._beat_at = time.monotonic()
 
-    def become(self, state: State, reason: str = "") -> None:
-        """Change the state; says so in the log, once per change."""
-        if (state, reason) == (self.state, self.reason):
+    def become(self, phase: Phase, reason: str = "") -> None:
+        """Enter a phase; says so in the log if the state is another one then."""
+        if (phase, reason) == (self.phase, self.reason):
             return
-        changed = state != self.state
-        self.state, self.reason = state, reason
+        state, changed = phase.state, phase.state != self.phase.state
+        self.phase, self.reason = phase, reason
         self.beat()
         if changed:
             self._since = time.time()
             self.metrics.set_state(state)
-            if state != "halted":  # the command says that, with its exit code
-                level = self._log.warning if state == "waiting" else self._log.info
+            if state != HALTED:  # the command says that, with its exit code
+                level = self._log.warning if state == WAITING else self._log.info
                 level(state, slot=self._slot, **({"reason": reason} if reason else {}))
 
     def remember(self, error: CdcOutboxError) -> None:
@@ -68,7 +71,8 @@ class Health:
         """The body of /readyz. Times are Unix seconds."""
         return {
             "ready": self.ready,
-            "state": self.state,
+            "state": self.phase.state,
+            "phase": self.phase.label,
             "reason": self.reason if not self.is_stuck else "the relay waits for something that does not answer",
             "since": round(self._since, 3),
             "slot": self._slot,

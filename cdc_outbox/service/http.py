@@ -1,4 +1,4 @@
-"""HTTP: /healthz (the process lives), /readyz (it streams, or says why not), /metrics; and how to ask a relay.
+"""HTTP: /healthz (the process lives), /readyz (it streams, or says why not), /metrics.
 
 The server reads snapshots only.
 
@@ -10,12 +10,10 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 from http import HTTPStatus
-from http.client import HTTPException
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, Final
-from urllib.error import HTTPError
-from urllib.request import urlopen
 
 import orjson
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -28,27 +26,8 @@ from cdc_outbox.service.metrics import Metrics
 _RETRY_SECONDS: Final = 1.0
 #: How long a client may keep us waiting for its next byte, or not take ours.
 _CLIENT_SECONDS: Final = 5.0
-
-
-def ask_readyz(address: str, *, timeout_seconds: float) -> dict[str, Any] | None:
-    """The report of the relay that listens at ``address`` (host:port); None if none answers."""
-    try:
-        with _get_readyz(address, timeout_seconds) as answer:
-            body = answer.read()
-    except (OSError, HTTPException):
-        return None
-    try:
-        report = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return None
-    return report if isinstance(report, dict) else None
-
-
-def _get_readyz(address: str, timeout_seconds: float) -> Any:
-    try:
-        return urlopen(f"http://{address}/readyz", timeout=timeout_seconds)
-    except HTTPError as answer:  # 503 is an answer too
-        return answer
+#: How long a request may take, from its first byte to the last one of the answer.
+_REQUEST_SECONDS: Final = 10.0
 
 
 class _Server(ThreadingHTTPServer):
@@ -57,6 +36,24 @@ class _Server(ThreadingHTTPServer):
     def __init__(self, address: tuple[str, int], handler: type[BaseHTTPRequestHandler]) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, handler)
+        #: when each that is open was taken, monotonic seconds
+        self._taken_at: dict[Any, float] = {}
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._taken_at[request] = time.monotonic()
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._taken_at.pop(request, None)
+        super().shutdown_request(request)
+
+    def service_actions(self) -> None:
+        """Called twice a second. End what takes too long: a client that sends a byte every now and then."""
+        oldest = time.monotonic() - _REQUEST_SECONDS
+        for request, taken_at in list(self._taken_at.items()):
+            if taken_at < oldest:
+                with suppress(OSError):  # it has just ended by itself
+                    request.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Whoever hung up before the answer wants no answer; anything else is a defect of ours, and shown."""

@@ -16,10 +16,10 @@ from prometheus_client.registry import Collector
 from cdc_outbox import __version__
 from cdc_outbox.postgres.slots import Slot
 from cdc_outbox.relay.watermark import Batch
+from cdc_outbox.service.phases import STATES
 
 #: As pg_replication_slots has it: fine, more than max_wal_size is kept, about to be lost, lost.
 WAL_STATUSES: Final = ("reserved", "extended", "unreserved", "lost")
-STATES: Final = ("starting", "streaming", "standby", "waiting", "halted")
 
 _BUCKETS: Final = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0)
 

@@ -1,7 +1,7 @@
 """A session: one replication stream and one producer, from START_REPLICATION to a clean end or an error.
 
 This is the loop that reads, publishes, polls, settles and confirms, and the only place where the relay waits. What is
-decided lies in `relay`; what happens after an error, in `service.supervisor`.
+decided lies in `relay`; what happens after an error, in `service.relay`.
 """
 
 import time
@@ -18,6 +18,7 @@ from cdc_outbox.relay.stops import Drained, Dry, Full, NewTopic, Parking, Redriv
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.parking import Parker
+from cdc_outbox.service.phases import Phase
 from cdc_outbox.service.shutdown import Shutdown
 from cdc_outbox.wal.lsn import LSN
 from cdc_outbox.wal.position import Position
@@ -139,6 +140,13 @@ class Session:
             self._settle_what_came_before()
             raise
         self._send_last_status()
+
+    @property
+    def _phase(self) -> Phase:
+        """While both sides go on."""
+        if self._shutdown.requested:
+            return Phase.DRAINING
+        return Phase.ISOLATING if self._isolation else Phase.READING
 
     @property
     def unacknowledged_events(self) -> int:
@@ -339,15 +347,15 @@ class Session:
             raise SourceUnavailable(f"the server has been silent for {silence:.0f} s")
         self._publisher.probe()
         if self._publisher.unreachable:
-            self._health.become("waiting", f"no broker can be reached: {self._publisher.unreachable}")
+            self._health.become(Phase.STALLED, f"no broker can be reached: {self._publisher.unreachable}")
         elif now - self._acknowledged_at > _STALL_SECONDS:
-            self._health.become("waiting", "Kafka acknowledges nothing")
+            self._health.become(Phase.STALLED, "Kafka acknowledges nothing")
         elif now - (self._waits_for_standbys_since or now) > _STANDBYS_NOT_READY_SECONDS:
-            self._health.become("waiting", _STANDBYS_LACK)
+            self._health.become(Phase.STALLED, _STANDBYS_LACK)
         elif silence > _SILENCE_NOT_READY_SECONDS:
-            self._health.become("waiting", "the PostgreSQL server does not answer")
+            self._health.become(Phase.STALLED, "the PostgreSQL server does not answer")
             self._health_at = now + _STATUS_EVERY_SECONDS  # what follows is a connection each time
             if self._stream.is_given_up():
                 raise SourceUnavailable("the server has ended the replication stream, unheard")
         else:
-            self._health.become("streaming")
+            self._health.become(self._phase)

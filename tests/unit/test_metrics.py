@@ -5,6 +5,7 @@ from cdc_outbox.postgres.slots import Slot
 from cdc_outbox.relay.watermark import Batch
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.metrics import Metrics
+from cdc_outbox.service.phases import Phase
 from cdc_outbox.wal.lsn import LSN
 
 #: What others' alert rules and dashboards depend on.
@@ -99,14 +100,26 @@ def test_slot_figures() -> None:
 def test_the_state_is_one_of_five() -> None:
     metrics = Metrics()
     health = Health("s", metrics)
-    for state in ("starting", "standby", "waiting", "halted", "streaming"):
-        health.become(state, "because")
+    for phase, state in STATE_OF.items():
+        health.become(phase, "because")
         shown = {name: value(metrics, "cdc_outbox_state", state=name) for name in CONTRACT_STATES}
         assert shown == {name: float(name == state) for name in CONTRACT_STATES}
         assert health.ready == (state == "streaming")
-    assert health.report()["reason"] == "because"
+        report = health.report()
+        assert (report["state"], report["phase"], report["reason"]) == (state, phase.label, "because")
+    assert set(STATE_OF) == set(Phase)
 
 
+STATE_OF = {
+    Phase.CONNECTING: "starting",
+    Phase.STANDBY: "standby",
+    Phase.READING: "streaming",
+    Phase.ISOLATING: "streaming",
+    Phase.DRAINING: "streaming",
+    Phase.STALLED: "waiting",
+    Phase.BACKOFF: "waiting",
+    Phase.HALTED: "halted",
+}
 CONTRACT_STATES = ("starting", "streaming", "standby", "waiting", "halted")
 
 

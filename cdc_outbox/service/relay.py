@@ -1,10 +1,9 @@
-"""The supervisor: one session after another until somebody asks to stop or an operator is needed.
+"""The relay of one slot: one session after another until somebody asks to stop or an operator is needed.
 
 The one place that decides what is tried again. After any failure decoder, watermark *and producer* are thrown away, and
 everything starts from the slot: then a late delivery report confirms nothing, and no old record passes a replayed one.
 """
 
-import gc
 import random
 import threading
 import time
@@ -39,10 +38,10 @@ from cdc_outbox.relay.router import Routing
 from cdc_outbox.relay.topic_template import TopicTemplate
 from cdc_outbox.service.canary import Canary, make_canary_router
 from cdc_outbox.service.health import Health
-from cdc_outbox.service.http import HttpServer
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
 from cdc_outbox.service.parking import Parker
+from cdc_outbox.service.phases import Phase
 from cdc_outbox.service.preflight import Route, check_outbox, prepare_route
 from cdc_outbox.service.session import Session
 from cdc_outbox.service.shutdown import Shutdown, ShutdownRequested
@@ -60,24 +59,24 @@ _MONITOR_SECONDS: Final = 5.0
 _MONITOR_RETRY_SECONDS: Final = 1.0
 
 
-class Supervisor:
-    """The service. Raises ConfigurationError from the constructor, before anything is connected."""
+class Relay:
+    """Raises ConfigurationError from the constructor, before anything is connected."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, shutdown: Shutdown, metrics: Metrics) -> None:
         self._config = config
         self._dsn = config.postgres.dsn.get_secret_value()
         self._bootstrap_servers = config.kafka.require_bootstrap_servers()
         self._topic = TopicTemplate(config.kafka.topic, config.kafka.topic_pattern)
-        self._metrics = Metrics(canary_topic=config.canary.topic)
-        self._health = Health(config.postgres.slot, self._metrics)
-        self._shutdown = Shutdown(config.service.shutdown_timeout_seconds)
+        self._shutdown = shutdown
+        self._metrics = metrics
+        self.health = Health(config.postgres.slot, metrics)
         self._monitor = Monitor(
             self._dsn,
             slot=config.postgres.slot,
             check=lambda connection: check_outbox(config, connection, self._topic),
         )
         canary = config.canary
-        self._canary = Canary(canary.every_seconds, canary.topic, self._monitor, self._health, self._metrics)
+        self._canary = Canary(canary.every_seconds, canary.topic, self._monitor, self.health, self._metrics)
         self._log = get_logger()
         self._continuity = Continuity(config.postgres.slot)
         #: topics that have been there while this process ran
@@ -92,13 +91,7 @@ class Supervisor:
 
     def run(self) -> None:
         """Returns when a shutdown was requested; raises what only an operator can fix."""
-        self._shutdown.install()
-        if address := self._config.http.address():
-            HttpServer(address, self._health, self._metrics).start()
         threading.Thread(target=self._look_again_and_again, name="monitor", daemon=True).start()
-        # What exists now stays for good: the collector need not walk it again and again in the hot loop.
-        gc.collect()
-        gc.freeze()
         while not self._shutdown.requested:
             try:
                 self._serve()
@@ -109,10 +102,10 @@ class Supervisor:
             except CdcOutboxError as error:
                 if isinstance(error, TopicRefused) and self._canary.give_up(error):
                     continue  # without canaries
-                self._health.remember(error)
-                self._health.become("halted", error.message)
+                self.health.remember(error)
+                self.health.become(Phase.HALTED, error.message)
                 raise
-        self._log.info("stopped", confirmed_lsn=str(self._health.confirmed_lsn))
+        self._log.info("stopped", confirmed_lsn=str(self.health.confirmed_lsn))
 
     def _serve(self) -> None:
         """One attempt: connect, check, take the slot, relay."""
@@ -129,7 +122,7 @@ class Supervisor:
                     route, topics = self._prepare(connection, publisher)
                 journal = self._make_journal(connection, stream, route.sent)
             self._streaming_since = time.monotonic()
-            self._health.become("streaming")
+            self.health.become(Phase.READING)
             self._relay(stream, publisher, topics, route.routing, journal)
 
     def _prepare(self, connection: Connection, publisher: Publisher) -> tuple[Route, Topics]:
@@ -157,11 +150,11 @@ class Supervisor:
                 postgres = self._config.postgres
                 stream.start(postgres.slot, postgres.publication, start_lsn=self._continuity.start_lsn)
             except SlotInUse:
-                self._health.become("standby", "another relay holds the slot; waiting for it")
+                self.health.become(Phase.STANDBY, "another relay holds the slot; waiting for it")
                 publisher.poll(0)  # librdkafka's notices are not to pile up
                 self._shutdown.sleep(_STANDBY_SECONDS)
             else:
-                return self._health.state == "standby"
+                return self.health.phase is Phase.STANDBY
 
     def _relay(
         self,
@@ -179,7 +172,7 @@ class Supervisor:
             parker,
             topics.require_for_event,
             self._shutdown,
-            self._health,
+            self.health,
         )
         if self._suspected:
             session.suspect(self._suspected, publisher.isolate())
@@ -220,9 +213,9 @@ class Supervisor:
 
     def _recover(self, error: UnavailableError) -> None:
         """Wait before the next attempt: longer each time, and not in step with other relays."""
-        self._health.alarm = None
-        self._health.remember(error)
-        self._health.become("waiting", error.message)
+        self.health.alarm = None
+        self.health.remember(error)
+        self.health.become(Phase.BACKOFF, error.message)
         self._metrics.reconnects.labels(error.side).inc()
         if time.monotonic() - self._streaming_since > _GOOD_SESSION_SECONDS:
             self._failures = 0
@@ -248,7 +241,7 @@ class Supervisor:
             while not self._shutdown.requested:
                 try:
                     self._metrics.slot_seen(monitor.look())
-                    self._health.alarm = None
+                    self.health.alarm = None
                     seconds = min(_MONITOR_SECONDS, self._canary.plant_when_due())
                     monitor.wait(seconds, wake_descriptor=self._shutdown.descriptor)
                 except Exception as error:  # noqa: BLE001 - whatever it is, the next look must not be missing
@@ -258,7 +251,7 @@ class Supervisor:
 
     def _could_not_look(self, error: Exception) -> None:
         if isinstance(error, OperatorNeeded | ServerStopping):
-            self._health.alarm = error
+            self.health.alarm = error
         elif isinstance(error, CdcOutboxError):
             self._log.debug("slot_not_seen", reason=error.message)
         else:

@@ -1,0 +1,26 @@
+"""The process: its signals, its HTTP server, and the relay in it."""
+
+import gc
+
+from cdc_outbox.config import Config
+from cdc_outbox.service.http import HttpServer
+from cdc_outbox.service.metrics import Metrics
+from cdc_outbox.service.relay import Relay
+from cdc_outbox.service.shutdown import Shutdown
+
+
+def serve(config: Config) -> None:
+    """Returns when a shutdown was requested.
+
+    Raises what only an operator can fix; ConfigurationError before anything is connected.
+    """
+    shutdown = Shutdown(config.service.shutdown_timeout_seconds)
+    metrics = Metrics(canary_topic=config.canary.topic)
+    relay = Relay(config, shutdown, metrics)
+    shutdown.install()
+    if address := config.http.address():
+        HttpServer(address, relay.health, metrics).start()
+    # What exists now stays for good: the collector need not walk it again and again in the hot loop.
+    gc.collect()
+    gc.freeze()
+    relay.run()
