@@ -19,6 +19,7 @@ from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.relay.headers import Headers
 from cdc_outbox.relay.pipeline import Pipeline
 from cdc_outbox.relay.topic_template import TopicTemplate
+from cdc_outbox.relay.watermark import Batch
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.metrics import Metrics
 from cdc_outbox.service.parking import Parker
@@ -96,6 +97,9 @@ class _Printer:
     ) -> None:
         click.echo(self._line(topic, value, key, timestamp_ms, headers))
         on_delivery(None, None)
+
+    def close_batch(self, batch: Batch) -> None:
+        """Nothing is to be done."""
 
     def poll(self, timeout_seconds: float) -> None:
         """Nothing is ever in flight."""

@@ -9,7 +9,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from cdc_outbox.errors import BrokerUnavailable, CdcOutboxError, PoisonEvent, TopicRefused
-from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.kafka.acknowledged import AcknowledgedDelivery
 from cdc_outbox.kafka.refusals import FORBIDDEN, MISSING, MISSING_TOPIC_HINT, Verdict, verdict_on
 
 #: How long a topic may take to be known to every broker: one that we have created, and one that somebody else has.
@@ -36,7 +36,7 @@ class Topics:
     No delivery report is served meanwhile.
     """
 
-    def __init__(self, publisher: Publisher, *, create: bool, ever_seen: set[str] | None = None) -> None:
+    def __init__(self, publisher: AcknowledgedDelivery, *, create: bool, ever_seen: set[str] | None = None) -> None:
         """``ever_seen`` outlives this: topics that have been there at some time, to which this adds."""
         self._publisher = publisher
         self._create = create
@@ -115,7 +115,7 @@ class Topics:
 
 
 def create_topic(
-    publisher: Publisher, topic: str, *, partitions: int | None = None, replication_factor: int | None = None
+    publisher: AcknowledgedDelivery, topic: str, *, partitions: int | None = None, replication_factor: int | None = None
 ) -> None:
     """Unless it is there. None: the broker's own default. Raises TopicRefused, PoisonEvent, BrokerUnavailable."""
     admin = AdminClient(publisher.client_settings)

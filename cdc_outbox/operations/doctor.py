@@ -11,7 +11,7 @@ from itertools import chain
 
 from cdc_outbox.config import Config
 from cdc_outbox.errors import CdcOutboxError
-from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.kafka.acknowledged import AcknowledgedDelivery
 from cdc_outbox.operations.findings import Finding, Findings
 from cdc_outbox.operations.kafka_checks import broker_findings
 from cdc_outbox.operations.postgres_checks import (
@@ -31,7 +31,7 @@ def run_checks(config: Config) -> Findings:
     """Raises ConfigurationError for settings that cannot be tried at all."""
     topic = TopicTemplate(config.kafka.topic, config.kafka.topic_pattern)
     dsn = config.postgres.dsn.get_secret_value()
-    publisher = Publisher(
+    publisher = AcknowledgedDelivery(
         config.kafka.require_bootstrap_servers(), config.kafka.producer, max_in_flight=config.relay.max_in_flight
     )
     failed = False

@@ -9,7 +9,7 @@ from confluent_kafka.admin._acl import AclOperation
 from confluent_kafka.admin._config import ConfigResource
 from confluent_kafka.admin._resource import ResourceType
 
-from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.kafka.acknowledged import AcknowledgedDelivery
 from cdc_outbox.kafka.refusals import MISSING_TOPIC_HINT
 from cdc_outbox.operations.findings import Finding, Findings, checked
 
@@ -21,7 +21,7 @@ _SAFE_REPLICAS: Final = 2
 _NAMED: Final = 3
 
 
-def broker_findings(publisher: Publisher, fits: Callable[[str], bool], *, create: bool) -> Findings:
+def broker_findings(publisher: AcknowledgedDelivery, fits: Callable[[str], bool], *, create: bool) -> Findings:
     """``fits`` says which topics are the relay's; ``create``, whether it makes those that are missing."""
     topics: list[str] = []
 

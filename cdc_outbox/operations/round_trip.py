@@ -11,7 +11,7 @@ from typing import Final
 
 from cdc_outbox.config import Config
 from cdc_outbox.errors import CdcOutboxError, OperatorNeeded
-from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.kafka.acknowledged import AcknowledgedDelivery
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.operations.findings import Finding
 from cdc_outbox.postgres.canary import plant
@@ -28,7 +28,7 @@ _PATIENCE_SECONDS: Final = 10.0
 _SLOT_SECONDS: Final = 5
 
 
-def make_round_trip(config: Config, publisher: Publisher) -> Finding:
+def make_round_trip(config: Config, publisher: AcknowledgedDelivery) -> Finding:
     topics = Topics(publisher, create=config.kafka.create_topics)
     try:
         topics.connect()
@@ -48,7 +48,7 @@ def make_round_trip(config: Config, publisher: Publisher) -> Finding:
     )
 
 
-def _carry_one(config: Config, stream: ReplicationStream, publisher: Publisher, slot: str) -> float:
+def _carry_one(config: Config, stream: ReplicationStream, publisher: AcknowledgedDelivery, slot: str) -> float:
     """Seconds from INSERT to acknowledgement. Raises OperatorNeeded if it does not arrive."""
     pipeline = Pipeline(Routing([make_canary_router(config)], Strays(), set()), publisher)
     began = time.monotonic()

@@ -7,7 +7,7 @@ from typing import Final
 
 from cdc_outbox.config import Config
 from cdc_outbox.errors import ConfigurationError, PoisonEvent
-from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.kafka.acknowledged import AcknowledgedDelivery
 from cdc_outbox.kafka.topics import REQUEST_SECONDS, create_topic
 from cdc_outbox.operations import topic_values
 from cdc_outbox.postgres.catalog import find_table
@@ -54,8 +54,8 @@ def create_topics(
                 yield topic
 
 
-def _publisher(config: Config) -> Publisher:
-    return Publisher(config.kafka.require_bootstrap_servers(), config.kafka.producer, max_in_flight=1)
+def _publisher(config: Config) -> AcknowledgedDelivery:
+    return AcknowledgedDelivery(config.kafka.require_bootstrap_servers(), config.kafka.producer, max_in_flight=1)
 
 
 def _given(template: TopicTemplate, aggregate_types: Sequence[str]) -> dict[str, int]:

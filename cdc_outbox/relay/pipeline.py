@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol
 from cdc_outbox.errors import CdcOutboxError, MalformedStream, OperatorNeeded, PoisonEvent
 from cdc_outbox.relay.requests import REDRIVEN_HEADER, ReadRequest, RedriveRequest, compile_request_reader
 from cdc_outbox.relay.router import Record, Router, Routing, UnknownTopic
-from cdc_outbox.relay.stops import DRAINED, DRY, FULL, NewTopic, Parking, RedriveRefused, Requested, Stop
+from cdc_outbox.relay.stops import BATCH_FULL, DRAINED, DRY, FULL, NewTopic, Parking, RedriveRefused, Requested, Stop
 from cdc_outbox.relay.watermark import Watermark
 from cdc_outbox.wal import pgoutput
 from cdc_outbox.wal.frames import MESSAGE_START, XLOG_DATA, read_keepalive
@@ -21,7 +21,7 @@ from cdc_outbox.wal.position import Position
 if TYPE_CHECKING:
     from cdc_outbox.wal.row_plan import InsertFunction
 
-#: A batch is closed at the first transaction end at which it has this many events, or at which a read ends.
+#: `feed` stops at the first transaction end at which the batch has this many events, for it to be closed.
 #: Small enough that little is resent after a crash, large enough that its cost vanishes.
 BATCH_EVENTS: Final = 500
 _NONE: Final[frozenset[int]] = frozenset()
@@ -167,8 +167,6 @@ class Pipeline:
                 stop = self._not_placed(_Kept(frame, record=Record(topic, value, key, headers)), error)
                 break
         self._ordinal = ordinal
-        if not self.open_commit_lsn:
-            self.watermark.close_batch()
         return stop or DRY
 
     def publish_one_by_one(self) -> None:
@@ -280,7 +278,9 @@ class Pipeline:
             self._begin(frame)
         elif tag == pgoutput.COMMIT:
             self._commit(frame)
-            return DRAINED if self.draining else None
+            if self.draining:
+                return DRAINED
+            return BATCH_FULL if self.watermark.current.events >= BATCH_EVENTS else None
         elif tag == pgoutput.INSERT:
             return self._insert(frame)
         elif tag == pgoutput.RELATION:
@@ -344,5 +344,3 @@ class Pipeline:
         events = self._ordinal - self._other_inserts
         batch.events += events
         self._committed_events += events
-        if batch.events >= BATCH_EVENTS:
-            self.watermark.close_batch()

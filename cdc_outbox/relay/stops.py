@@ -20,6 +20,11 @@ class Drained:
 
 
 @dataclass(frozen=True, slots=True)
+class BatchFull:
+    """As many events as belong together are carried; it stands between two transactions."""
+
+
+@dataclass(frozen=True, slots=True)
 class Full:
     """As much is in flight as may be; an event waits for room."""
 
@@ -60,8 +65,9 @@ class RedriveRefused:
     poison: PoisonEvent
 
 
-Stop: TypeAlias = Dry | Drained | Full | NewTopic | Parking | Requested | RedriveRefused
+Stop: TypeAlias = Dry | Drained | BatchFull | Full | NewTopic | Parking | Requested | RedriveRefused
 
 DRY: Final = Dry()
 DRAINED: Final = Drained()
+BATCH_FULL: Final = BatchFull()
 FULL: Final = Full()

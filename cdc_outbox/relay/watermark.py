@@ -71,11 +71,17 @@ class Watermark:
         #: what may be confirmed; 0 as long as nothing is known to be settled
         self.settled_lsn = LSN(started_at)
 
-    def close_batch(self) -> None:
-        """Queue the current batch and begin another. It will confirm the last transaction that committed in it."""
-        if self.current.end_lsn:
-            self._queue.append(self.current)
-            self.current = Batch(self._on_failure)
+    def close_batch(self) -> Batch | None:
+        """Queue the current batch and begin another. It will confirm the last transaction that committed in it.
+
+        None if none has: then nothing is done.
+        """
+        closed = self.current
+        if not closed.end_lsn:
+            return None
+        self._queue.append(closed)
+        self.current = Batch(self._on_failure)
+        return closed
 
     def advance(self) -> Iterator[Batch]:
         """Move over the batches at the head in which nothing is outstanding, oldest first.

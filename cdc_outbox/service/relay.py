@@ -25,7 +25,7 @@ from cdc_outbox.errors import (
 from cdc_outbox.extras import install_hint
 from cdc_outbox.journal.continuity import Continuity
 from cdc_outbox.journal.journal import Journal, NoJournal
-from cdc_outbox.kafka.publisher import Produce, Publisher, unwrapped
+from cdc_outbox.kafka.acknowledged import AcknowledgedDelivery, Produce, unwrapped
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.postgres.connection import BoundedConnection, Connection, connect_bounded
 from cdc_outbox.postgres.monitor import Monitor
@@ -87,7 +87,7 @@ class Relay:
         self._streaming_since = float("inf")
         self._wrap = _wrap_publish(config)
         # A first producer at once: librdkafka checks its settings, and connects while PostgreSQL is connected to.
-        self._next_publisher: Publisher | None = self._make_publisher()
+        self._next_delivery: AcknowledgedDelivery | None = self._make_delivery()
 
     def run(self) -> None:
         """Returns when a shutdown was requested; raises what only an operator can fix."""
@@ -109,26 +109,26 @@ class Relay:
 
     def _serve(self) -> None:
         """One attempt: connect, check, take the slot, relay."""
-        publisher = self._next_publisher or self._make_publisher()
-        self._next_publisher = None
+        delivery = self._next_delivery or self._make_delivery()
+        self._next_delivery = None
         with ExitStack() as stack:
-            stack.callback(publisher.close)
+            stack.callback(delivery.close)
             with self._shutdown.interrupting():
                 connection = stack.enter_context(closing(connect_bounded(self._dsn)))
                 stream = stack.enter_context(ReplicationStream(self._dsn))
                 check_same_server(connection, stream.identify())
-                route, topics = self._prepare(connection, publisher)
-                if self._take_slot(connection, stream, publisher):
-                    route, topics = self._prepare(connection, publisher)
+                route, topics = self._prepare(connection, delivery)
+                if self._take_slot(connection, stream, delivery):
+                    route, topics = self._prepare(connection, delivery)
                 journal = self._make_journal(connection, stream, route.sent)
             self._streaming_since = time.monotonic()
             self.health.become(Phase.READING)
-            self._relay(stream, publisher, topics, route.routing, journal)
+            self._relay(stream, delivery, topics, route.routing, journal)
 
-    def _prepare(self, connection: Connection, publisher: Publisher) -> tuple[Route, Topics]:
+    def _prepare(self, connection: Connection, delivery: AcknowledgedDelivery) -> tuple[Route, Topics]:
         """See that all is there that streaming needs. Raises what says why not."""
         config = self._config
-        topics = Topics(publisher, create=config.kafka.create_topics, ever_seen=self._topics_seen)
+        topics = Topics(delivery, create=config.kafka.create_topics, ever_seen=self._topics_seen)
         route = prepare_route(config, connection, self._topic)
         check_slot(connection, config.postgres.slot)
         # A relay that cannot reach Kafka must not keep the slot from one that can.
@@ -139,7 +139,7 @@ class Relay:
             route = route.also(make_canary_router(config))
         return route, topics
 
-    def _take_slot(self, connection: Connection, stream: ReplicationStream, publisher: Publisher) -> bool:
+    def _take_slot(self, connection: Connection, stream: ReplicationStream, delivery: AcknowledgedDelivery) -> bool:
         """Wait for the slot, as a standby while another relay has it; whether that was so.
 
         What was looked at before may be old by then: partitions and topics come and go, tables are created again.
@@ -151,7 +151,7 @@ class Relay:
                 stream.start(postgres.slot, postgres.publication, start_lsn=self._continuity.start_lsn)
             except SlotInUse:
                 self.health.become(Phase.STANDBY, "another relay holds the slot; waiting for it")
-                publisher.poll(0)  # librdkafka's notices are not to pile up
+                delivery.poll(0)  # librdkafka's notices are not to pile up
                 self._shutdown.sleep(_STANDBY_SECONDS)
             else:
                 return self.health.phase is Phase.STANDBY
@@ -159,7 +159,7 @@ class Relay:
     def _relay(
         self,
         stream: ReplicationStream,
-        publisher: Publisher,
+        delivery: AcknowledgedDelivery,
         topics: Topics,
         routing: Routing,
         journal: Journal | NoJournal,
@@ -167,15 +167,15 @@ class Relay:
         parker = Parker(journal, self._metrics, keeps=self._config.relay.on_poison == "dead-letter")
         session = Session(
             stream,
-            publisher,
-            Pipeline(routing, publisher, journal.settled, started_at=journal.started_at),
+            delivery,
+            Pipeline(routing, delivery, journal.settled, started_at=journal.started_at),
             parker,
             topics.require_for_event,
             self._shutdown,
             self.health,
         )
         if self._suspected:
-            session.suspect(self._suspected, publisher.isolate())
+            session.suspect(self._suspected, delivery.isolate())
         try:
             session.run()
         except BatchRefused:
@@ -226,8 +226,8 @@ class Relay:
         self._failures = min(self._failures + 1, 10)
         self._shutdown.sleep(backoff_seconds * random.uniform(0.5, 1.0))  # noqa: S311 - jitter is not cryptography
 
-    def _make_publisher(self) -> Publisher:
-        return Publisher(
+    def _make_delivery(self) -> AcknowledgedDelivery:
+        return AcknowledgedDelivery(
             self._bootstrap_servers,
             self._config.kafka.producer,
             max_in_flight=self._config.relay.max_in_flight,

@@ -8,13 +8,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from itertools import islice
-from typing import Final, Protocol
+from typing import Final
 
 from cdc_outbox.errors import BatchRefused, CdcOutboxError, OperatorNeeded, PoisonEvent, SourceUnavailable
+from cdc_outbox.kafka.delivery import Delivery
 from cdc_outbox.kafka.isolation import Isolation
 from cdc_outbox.postgres.stream import ReplicationStream
-from cdc_outbox.relay.pipeline import Pipeline, Publisher
-from cdc_outbox.relay.stops import Drained, Dry, Full, NewTopic, Parking, RedriveRefused, Requested, Stop
+from cdc_outbox.relay.pipeline import Pipeline
+from cdc_outbox.relay.stops import BatchFull, Drained, Dry, Full, NewTopic, Parking, RedriveRefused, Requested, Stop
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.parking import Parker
@@ -53,19 +54,6 @@ _STANDBYS_LACK: Final = "a standby of synchronized_standby_slots does not have w
 _HEALTH_EVERY_SECONDS: Final = 0.25
 
 
-class SessionPublisher(Publisher, Protocol):
-    """What the session needs of Kafka on top of what the pipeline does; `kafka.publisher` says what each does."""
-
-    @property
-    def unreachable(self) -> str | None: ...
-    @property
-    def in_flight(self) -> int: ...
-    def poll(self, timeout_seconds: float) -> None: ...
-    def flush(self, timeout_seconds: float) -> None: ...
-    def probe(self) -> None: ...
-    def publish_in_batches(self) -> None: ...
-
-
 class _DeadlinePassed(Exception):
     """The time for a clean end is up."""
 
@@ -76,7 +64,7 @@ class Session:
     def __init__(
         self,
         stream: ReplicationStream,
-        publisher: SessionPublisher,
+        delivery: Delivery,
         pipeline: Pipeline,
         parker: Parker,
         require_topic: Callable[[str], None],
@@ -85,7 +73,7 @@ class Session:
     ) -> None:
         """``require_topic`` raises if a topic is not there."""
         self._stream = stream
-        self._publisher = publisher
+        self._delivery = delivery
         self._parker = parker
         self._journal = parker.journal
         self._require_topic = require_topic
@@ -120,7 +108,7 @@ class Session:
 
     def run(self) -> None:
         """Relay until shutdown is requested, then drain: return when everything read is confirmed, or time is up."""
-        stream, publisher = self._stream, self._publisher
+        stream, delivery = self._stream, self._delivery
         stream.watch(self._shutdown.descriptor)
         try:
             while not self._may_stop_reading():
@@ -128,7 +116,7 @@ class Session:
                     self._feed(stream.frames())
                 else:
                     self._feed_one(self._isolation)
-                publisher.poll(0)
+                delivery.poll(0)
                 self._settle()
                 self._report(time.monotonic())
                 if not stream.receive():
@@ -154,11 +142,22 @@ class Session:
 
     def _feed(self, frames: Iterator[bytes]) -> None:
         """Until they run dry, or the pipeline is drained; doing what it stops for meanwhile."""
-        while not isinstance(stop := self._pipeline.feed(frames), Dry | Drained):
+        while True:
+            stop = self._pipeline.feed(frames)
+            if not self._pipeline.in_transaction:
+                self._close_batch()
+            if isinstance(stop, Dry | Drained):
+                return
             self._act_on(stop)
+
+    def _close_batch(self) -> None:
+        if batch := self._watermark.close_batch():
+            self._delivery.close_batch(batch)
 
     def _act_on(self, stop: Stop) -> None:
         match stop:
+            case BatchFull():
+                pass  # closed by now
             case Full():
                 self._make_room()
             case NewTopic(topic):
@@ -176,7 +175,7 @@ class Session:
     def _make_room(self) -> None:
         """Wait until less is in flight. If nothing is, no room will come."""
         self._check_deadline()
-        if self._publisher.in_flight:
+        if self._delivery.in_flight:
             self._wait_a_moment()
             return
         self._act_on(
@@ -211,7 +210,7 @@ class Session:
     def _end_isolation(self, isolation: Isolation) -> None:
         self.suspected = self._isolation = None
         self._pipeline.publish_in_batches()
-        self._publisher.publish_in_batches()
+        self._delivery.publish_in_batches()
         if not isolation.refused:
             get_logger().warning(
                 "refused_only_together",
@@ -229,15 +228,15 @@ class Session:
         return not self._pipeline.in_transaction
 
     def _input_ran_dry(self) -> None:
-        if self._publisher.in_flight:
-            self._publisher.flush(_FLUSH_SECONDS)
+        if self._delivery.in_flight:
+            self._delivery.flush(_FLUSH_SECONDS)
         self._settle()
         now = time.monotonic()
         self._report(now)
         self._stream.wait(self._seconds_to_wait(now))
 
     def _seconds_to_wait(self, now: float) -> float:
-        if self._publisher.in_flight:
+        if self._delivery.in_flight:
             return _DELIVERY_WAIT_SECONDS
         if self._waits_for_standbys_since is not None:
             return _LOOK_AGAIN_SECONDS
@@ -248,7 +247,7 @@ class Session:
     def _wait_a_moment(self) -> None:
         """For Kafka, without reading on."""
         self._check_deadline()
-        self._publisher.poll(0.05)
+        self._delivery.poll(0.05)
         self._settle()
         self._stream.heard_at = time.monotonic()  # not listening is not silence
         self._report(self._stream.heard_at)
@@ -256,22 +255,22 @@ class Session:
     def _drain(self, timeout_seconds: float) -> None:
         """Wait until nothing is in flight, at most ``timeout_seconds``; and for a moment until standbys have all."""
         deadline = time.monotonic() + timeout_seconds
-        while self._publisher.in_flight and (left := deadline - time.monotonic()) > 0:
-            self._publisher.flush(min(0.1, left))
+        while self._delivery.in_flight and (left := deadline - time.monotonic()) > 0:
+            self._delivery.flush(min(0.1, left))
             self._settle()
             self._report(time.monotonic())
         self._settle()
         deadline = min(deadline, time.monotonic() + _STANDBYS_AT_STOP_SECONDS)
         while self._waits_for_standbys_since is not None and time.monotonic() < deadline:
-            self._publisher.poll(_LOOK_AGAIN_SECONDS)
+            self._delivery.poll(_LOOK_AGAIN_SECONDS)
             self._settle()
         if self._waits_for_standbys_since is not None:
             get_logger().warning("not_confirmed", reason=_STANDBYS_LACK, hint="what is not confirmed is sent again")
 
     def _settle_what_came_before(self) -> None:
         """An operator is needed: confirm what came before the trouble, so that no restart sends it again."""
-        self._watermark.close_batch()
         with suppress(CdcOutboxError):  # the trouble itself, again
+            self._close_batch()
             self._drain(_LAST_DRAIN_SECONDS)
         with suppress(CdcOutboxError):
             self._send_last_status()
@@ -345,9 +344,9 @@ class Session:
         silence = now - self._stream.heard_at
         if silence > _SILENCE_GIVEN_UP_SECONDS:
             raise SourceUnavailable(f"the server has been silent for {silence:.0f} s")
-        self._publisher.probe()
-        if self._publisher.unreachable:
-            self._health.become(Phase.STALLED, f"no broker can be reached: {self._publisher.unreachable}")
+        self._delivery.probe()
+        if self._delivery.unreachable:
+            self._health.become(Phase.STALLED, f"no broker can be reached: {self._delivery.unreachable}")
         elif now - self._acknowledged_at > _STALL_SECONDS:
             self._health.become(Phase.STALLED, "Kafka acknowledges nothing")
         elif now - (self._waits_for_standbys_since or now) > _STANDBYS_NOT_READY_SECONDS:

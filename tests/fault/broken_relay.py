@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from cdc_outbox.__main__ import run
-from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.kafka.acknowledged import AcknowledgedDelivery
 from cdc_outbox.relay.watermark import Batch, Watermark
 from cdc_outbox.wal import pgoutput
 
@@ -83,13 +83,13 @@ def confirms_a_rows_lsn() -> None:
 
 
 def _wrap_publish(wrap: Callable[[Publish], Publish]) -> None:
-    make = Publisher.__init__
+    make = AcknowledgedDelivery.__init__
 
-    def wrapped(self: Publisher, *arguments: Any, **more: Any) -> None:
+    def wrapped(self: AcknowledgedDelivery, *arguments: Any, **more: Any) -> None:
         make(self, *arguments, **more)
         self.publish = wrap(self.publish)
 
-    Publisher.__init__ = wrapped  # type: ignore[method-assign]
+    AcknowledgedDelivery.__init__ = wrapped  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

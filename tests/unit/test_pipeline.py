@@ -75,7 +75,12 @@ class Driver:
 
     def feed(self, frames: Iterable[bytes]) -> None:
         frames = iter(frames)
-        while not isinstance(stop := self.pipeline.feed(frames), Dry | Drained):
+        while True:
+            stop = self.pipeline.feed(frames)
+            if not self.pipeline.in_transaction:
+                self.watermark.close_batch()
+            if isinstance(stop, Dry | Drained):
+                return
             self.act_on(stop)
 
     def act_on(self, stop: Stop) -> None:

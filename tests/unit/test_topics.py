@@ -10,7 +10,7 @@ from cdc_outbox.errors import BrokerUnavailable, CdcOutboxError, PoisonEvent, To
 from cdc_outbox.kafka.topics import Topics
 
 if TYPE_CHECKING:
-    from cdc_outbox.kafka.publisher import Publisher
+    from cdc_outbox.kafka.acknowledged import AcknowledgedDelivery
 
 UNKNOWN_TO_US = 999
 
@@ -31,7 +31,7 @@ class Broker:
 
 
 def topics(broker: Broker, *, seen: tuple[str, ...] = ("outbox.other",)) -> Topics:
-    return Topics(cast("Publisher", SimpleNamespace(producer=broker)), create=False, ever_seen=set(seen))
+    return Topics(cast("AcknowledgedDelivery", SimpleNamespace(producer=broker)), create=False, ever_seen=set(seen))
 
 
 @pytest.mark.parametrize(

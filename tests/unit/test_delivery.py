@@ -8,8 +8,8 @@ import pytest
 from confluent_kafka import KafkaError
 
 from cdc_outbox.errors import BatchRefused, BrokerUnavailable, ConfigurationError, PoisonEvent, TopicRefused
+from cdc_outbox.kafka.acknowledged import AcknowledgedDelivery
 from cdc_outbox.kafka.isolation import Isolation
-from cdc_outbox.kafka.publisher import Publisher
 from cdc_outbox.kafka.refusals import _VERDICTS, denies_us, explain
 
 PROMISES = (
@@ -32,17 +32,17 @@ PROMISES = (
 @pytest.mark.parametrize("key", PROMISES)
 def test_a_key_that_would_break_a_promise_is_refused_by_name(key: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"kafka\.producer\.{key} cannot be set"):
-        Publisher("127.0.0.1:1", {key: "1"}, max_in_flight=10)
+        AcknowledgedDelivery("127.0.0.1:1", {key: "1"}, max_in_flight=10)
 
 
 @pytest.mark.parametrize("settings", [{"no.such.key": "1"}, {"linger.ms": "soon"}])
 def test_what_librdkafka_does_not_take_is_a_configuration_error(settings: dict[str, str]) -> None:
     with pytest.raises(ConfigurationError, match=r"kafka\.producer"):
-        Publisher("127.0.0.1:1", settings, max_in_flight=10)
+        AcknowledgedDelivery("127.0.0.1:1", settings, max_in_flight=10)
 
 
 def test_other_keys_are_passed_on() -> None:
-    publisher = Publisher("127.0.0.1:1", {"linger.ms": 1, "batch.size": 1000}, max_in_flight=10)
+    publisher = AcknowledgedDelivery("127.0.0.1:1", {"linger.ms": 1, "batch.size": 1000}, max_in_flight=10)
     assert publisher.client_settings["linger.ms"] == 1
     assert publisher.client_settings["batch.size"] == 1000
     assert publisher.client_settings["acks"] == "all"

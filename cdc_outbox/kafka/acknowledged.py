@@ -1,6 +1,6 @@
-"""The publisher: an idempotent Kafka producer that keeps the relay's promises, or says why it cannot.
+"""Delivery by acknowledgement: an idempotent producer that keeps the relay's promises, or says why it cannot.
 
-Translates everything librdkafka reports into the tree of errors.py; knows nothing of rows, LSNs or PostgreSQL.
+Translates everything librdkafka reports into the tree of errors.py.
 Source: librdkafka's CONFIGURATION.md and INTRODUCTION.md ("Idempotent Producer").
 """
 
@@ -20,6 +20,7 @@ from cdc_outbox.errors import (
 )
 from cdc_outbox.kafka.isolation import Isolation
 from cdc_outbox.kafka.refusals import Verdict, denies_us, explain, verdict_on
+from cdc_outbox.relay.watermark import Batch
 
 ProducerSettings = Mapping[str, str | int | float | bool]
 #: Of the shape of confluent_kafka.Producer.produce.
@@ -79,7 +80,7 @@ def unwrapped(produce: Produce) -> Produce:
     return produce
 
 
-class Publisher:
+class AcknowledgedDelivery:
     """One producer. After any failure it is closed and another one takes its place: an old record can then not
     overtake a replayed one.
 
@@ -129,6 +130,9 @@ class Publisher:
     def in_flight(self) -> int:
         """Events handed over whose delivery report was not served yet, and librdkafka's notices that were not."""
         return len(self.producer)
+
+    def close_batch(self, batch: Batch) -> None:
+        """Each of its events has a delivery report of its own."""
 
     def poll(self, timeout_seconds: float) -> None:
         """Serve delivery reports, waiting for the first at most ``timeout_seconds``. Raises what a failed one means."""

@@ -8,7 +8,7 @@ import pytest
 
 from cdc_outbox.demo.ports import free_port
 from cdc_outbox.errors import BatchRefused, BrokerUnavailable, CdcOutboxError, OperatorNeeded, PoisonEvent
-from cdc_outbox.kafka.publisher import Publisher
+from cdc_outbox.kafka.acknowledged import AcknowledgedDelivery
 from cdc_outbox.kafka.topics import Topics
 from support.java_partitioner import partition_of
 from support.waiting import wait_until
@@ -18,8 +18,8 @@ INCOMPRESSIBLE = b"".join(uuid.uuid4().bytes for _ in range(500))
 
 
 @pytest.fixture
-def publisher(kafka: str) -> Iterator[Publisher]:
-    made = Publisher(kafka, {}, max_in_flight=1000)
+def publisher(kafka: str) -> Iterator[AcknowledgedDelivery]:
+    made = AcknowledgedDelivery(kafka, {}, max_in_flight=1000)
     yield made
     made.close()
 
@@ -31,7 +31,7 @@ def topic(kafka: str) -> str:
     return name
 
 
-def flush(publisher: Publisher) -> None:
+def flush(publisher: AcknowledgedDelivery) -> None:
     def empty() -> bool:
         publisher.flush(0.1)
         return not publisher.in_flight
@@ -39,7 +39,9 @@ def flush(publisher: Publisher) -> None:
     wait_until(empty, "nothing is in flight")
 
 
-def test_keys_and_partitions_are_those_of_a_java_producer(publisher: Publisher, topic: str, kafka: str) -> None:
+def test_keys_and_partitions_are_those_of_a_java_producer(
+    publisher: AcknowledgedDelivery, topic: str, kafka: str
+) -> None:
     keys = [b"", b"a", b"abc", "grüße".encode(), b"0123456789" * 30, *(b"order-%d" % number for number in range(500))]
     delivered: list[Any] = []
     for key in keys:
@@ -55,7 +57,9 @@ def test_keys_and_partitions_are_those_of_a_java_producer(publisher: Publisher, 
         assert message.partition() == partition_of(used, 6), used
 
 
-def test_value_headers_and_timestamp_arrive_as_they_were_given(publisher: Publisher, topic: str, kafka: str) -> None:
+def test_value_headers_and_timestamp_arrive_as_they_were_given(
+    publisher: AcknowledgedDelivery, topic: str, kafka: str
+) -> None:
     headers = [("id", b"1"), ("type", None), ("ä", "ö".encode()), ("id", b"again")]
     publisher.publish(topic, b"\x00\xff", b"k", -1, publisher_callback, None, 1_714_979_289_123, headers)
     publisher.publish(topic, None, b"k", -1, publisher_callback, None, 1_714_979_289_123, [])
@@ -70,13 +74,13 @@ def publisher_callback(error: Any, _message: Any) -> None:
 
 
 def test_no_broker(kafka: str) -> None:
-    publisher = Publisher(f"127.0.0.1:{free_port()}", {}, max_in_flight=10)
+    publisher = AcknowledgedDelivery(f"127.0.0.1:{free_port()}", {}, max_in_flight=10)
     with pytest.raises(BrokerUnavailable, match="no broker answers at 127"):
         publisher.connect(0.5)
     publisher.close()
 
 
-def test_topics_are_required(publisher: Publisher, topic: str) -> None:
+def test_topics_are_required(publisher: AcknowledgedDelivery, topic: str) -> None:
     topics = Topics(publisher, create=False)
     topics.connect()
     topics.require(topic)
@@ -85,7 +89,7 @@ def test_topics_are_required(publisher: Publisher, topic: str) -> None:
     assert "kafka.create_topics" in caught.value.hint
 
 
-def test_topics_are_created_when_asked(publisher: Publisher, kafka: str) -> None:
+def test_topics_are_created_when_asked(publisher: AcknowledgedDelivery, kafka: str) -> None:
     name = f"test.{uuid.uuid4().hex}"
     topics = Topics(publisher, create=True)
     topics.require(name)
@@ -94,12 +98,12 @@ def test_topics_are_created_when_asked(publisher: Publisher, kafka: str) -> None
     assert len(read_topic(kafka, name, 1)) == 1
 
 
-def test_a_topic_that_cannot_be_created_is_named(publisher: Publisher) -> None:
+def test_a_topic_that_cannot_be_created_is_named(publisher: AcknowledgedDelivery) -> None:
     with pytest.raises(OperatorNeeded, match="topic no/topic cannot be created"):
         Topics(publisher, create=True).require("no/topic")
 
 
-def reports_to(publisher: Publisher, delivered: list[bytes]) -> Callable[[Any, Any], None]:
+def reports_to(publisher: AcknowledgedDelivery, delivered: list[bytes]) -> Callable[[Any, Any], None]:
     def on_delivery(error: Any, message: Any) -> None:
         if error is not None:
             publisher.on_failure(error, message)
@@ -108,7 +112,9 @@ def reports_to(publisher: Publisher, delivered: list[bytes]) -> Callable[[Any, A
     return on_delivery
 
 
-def test_a_batch_refused_for_good_names_no_culprit_and_nothing_passes_it(publisher: Publisher, kafka: str) -> None:
+def test_a_batch_refused_for_good_names_no_culprit_and_nothing_passes_it(
+    publisher: AcknowledgedDelivery, kafka: str
+) -> None:
     name = f"test.{uuid.uuid4().hex}"
     create_topic(kafka, name, partitions=1, **{"max.message.bytes": "2000"})
     delivered: list[bytes] = []
@@ -128,7 +134,9 @@ def test_a_batch_refused_for_good_names_no_culprit_and_nothing_passes_it(publish
     assert [message.value() for message in read_topic(kafka, name, 1)] == [b"small"]
 
 
-def test_a_producer_that_died_of_a_refusal_says_so_at_the_next_publish(publisher: Publisher, kafka: str) -> None:
+def test_a_producer_that_died_of_a_refusal_says_so_at_the_next_publish(
+    publisher: AcknowledgedDelivery, kafka: str
+) -> None:
     """Before any report was served, and whether or not one can be."""
     name = f"test.{uuid.uuid4().hex}"
     create_topic(kafka, name, partitions=1, **{"max.message.bytes": "2000"})
@@ -145,7 +153,9 @@ def test_a_producer_that_died_of_a_refusal_says_so_at_the_next_publish(publisher
     assert isinstance(publisher.explain(refusal, name), BatchRefused)
 
 
-def test_one_by_one_the_refused_event_is_found_and_the_others_arrive(publisher: Publisher, kafka: str) -> None:
+def test_one_by_one_the_refused_event_is_found_and_the_others_arrive(
+    publisher: AcknowledgedDelivery, kafka: str
+) -> None:
     name = f"test.{uuid.uuid4().hex}"
     create_topic(kafka, name, partitions=1, **{"max.message.bytes": "2000"})
 
@@ -175,7 +185,7 @@ def test_one_by_one_the_refused_event_is_found_and_the_others_arrive(publisher: 
 
 
 def test_what_the_client_refuses_is_poison(kafka: str, topic: str) -> None:
-    publisher = Publisher(kafka, {"message.max.bytes": 2000}, max_in_flight=10)
+    publisher = AcknowledgedDelivery(kafka, {"message.max.bytes": 2000}, max_in_flight=10)
     with pytest.raises(publisher.refusal) as caught:
         publisher.publish(topic, b"x" * 3000, b"k", -1, publisher_callback, None, 0, [])
     error = publisher.explain(caught.value, topic)
@@ -185,7 +195,7 @@ def test_what_the_client_refuses_is_poison(kafka: str, topic: str) -> None:
 
 
 def test_in_flight_is_bounded(kafka: str, topic: str) -> None:
-    publisher = Publisher(kafka, {}, max_in_flight=10)
+    publisher = AcknowledgedDelivery(kafka, {}, max_in_flight=10)
     for _ in range(10):
         publisher.publish(topic, b"v", b"k", -1, publisher_callback, None, 0, [])
     with pytest.raises(BufferError):
