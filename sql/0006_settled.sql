@@ -64,17 +64,6 @@ COMMENT ON COLUMN cdc_outbox.coverage.complete IS 'The heap was empty then: it h
 COMMENT ON COLUMN cdc_outbox.coverage.file IS 'Its relfilenode';
 COMMENT ON COLUMN cdc_outbox.coverage.updates IS 'How many updates PostgreSQL had counted, and since when it counts';
 
--- Whose rows event_status shows: `cdc-outbox migrate up` enters each outbox with its slot.
-CREATE TABLE IF NOT EXISTS cdc_outbox.outbox (
-    slot         text     PRIMARY KEY,
-    outbox       regclass NOT NULL,
-    id           text     NOT NULL,
-    aggregate_id text     NOT NULL,
-    event_type   text     NOT NULL
-);
-
-COMMENT ON TABLE cdc_outbox.outbox IS 'The outboxes of this database, and their columns, by the slot that serves each';
-
 CREATE OR REPLACE FUNCTION cdc_outbox.full_xid(row_xid xid) RETURNS xid8
 LANGUAGE sql STABLE PARALLEL SAFE
 -- The one that ends in these 32 bits and is not 2^31 or more away from the next one to be given. Without a subquery, so
@@ -84,78 +73,3 @@ RETURN ((pg_snapshot_xmax(pg_current_snapshot())::text::bigint + 2147483648)
        )::text::xid8;
 
 COMMENT ON FUNCTION cdc_outbox.full_xid(xid) IS 'The 64 bits of a row''s xmin';
-
--- By its hash: an id may be of any length.
-CREATE INDEX IF NOT EXISTS dead_letter_event ON cdc_outbox.dead_letter USING hash (event_id);
-
--- Makes the view for the outboxes that are entered. Of one outbox its columns keep their types; of several, whose types
--- may differ, all are text.
-CREATE OR REPLACE PROCEDURE cdc_outbox.make_event_status()
-LANGUAGE plpgsql AS $$
-DECLARE
-    outboxes text;
-BEGIN
-    SELECT string_agg(format($view$
-        SELECT event.%2$I%6$s AS outbox_id, event.%3$I%6$s AS aggregate_id, event.%4$I%6$s AS event_type,
-               stands.state = 'published' AS published,
-               coalesce(letter.attempts, 0) + (stands.state = 'published')::int AS publish_attempts,
-               CASE WHEN stands.state = 'published'
-                    THEN greatest(coalesce(by_first.settled_at, by_later.settled_at), letter.state_changed_at) END
-                   AS processed_at,
-               %5$L AS slot, stands.state
-          FROM %1$s AS event
-          -- the first note in which the row's transaction had ended; where updates count, the first that was sure of it
-          LEFT JOIN LATERAL (SELECT coverage, settled_at FROM cdc_outbox.settled
-                              WHERE slot = %5$L AND pg_snapshot_xmin(snapshot) > cdc_outbox.full_xid(event.xmin)
-                                AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
-                              ORDER BY pg_snapshot_xmin(snapshot), settled_at LIMIT 1) AS first ON true
-          LEFT JOIN LATERAL (SELECT first.settled_at FROM cdc_outbox.coverage
-                              WHERE id = first.coverage AND heap = event.tableoid AND complete
-                                AND cdc_outbox.full_xid(event.xmin) >= pg_snapshot_xmax(since)) AS by_first ON true
-          LEFT JOIN LATERAL (SELECT coverage, settled_at FROM cdc_outbox.settled
-                              WHERE slot = %5$L AND pg_snapshot_xmin(earlier) > cdc_outbox.full_xid(event.xmin)
-                                AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
-                                AND by_first.settled_at IS NULL
-                              ORDER BY pg_snapshot_xmin(earlier), settled_at LIMIT 1) AS later ON true
-          LEFT JOIN LATERAL (SELECT later.settled_at FROM cdc_outbox.coverage
-                              WHERE id = later.coverage AND heap = event.tableoid
-                                AND (complete OR file = pg_relation_filenode(event.tableoid))
-                                AND cdc_outbox.full_xid(event.xmin) >= pg_snapshot_xmax(since)) AS by_later ON true
-          LEFT JOIN cdc_outbox.coverage AS latest
-            ON latest.heap = event.tableoid AND cdc_outbox.full_xid(event.xmin) >= pg_snapshot_xmax(latest.since)
-           AND cdc_outbox.full_xid(event.xmin) < pg_snapshot_xmax(pg_current_snapshot())
-           AND latest.id = (SELECT coverage FROM cdc_outbox.settled
-                             WHERE slot = %5$L
-                               AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
-                             ORDER BY pg_snapshot_xmax(snapshot) DESC, id DESC LIMIT 1)
-          LEFT JOIN LATERAL (SELECT state, attempts, state_changed_at FROM cdc_outbox.dead_letter
-                              WHERE event_id = format('%%s', event.%2$I) AND slot = %5$L
-                              ORDER BY id DESC LIMIT 1) AS letter
-            ON true
-         CROSS JOIN LATERAL (
-               SELECT CASE WHEN letter.state = 'discarded' THEN 'discarded'
-                           WHEN letter.state = 'open' THEN 'dead'
-                           WHEN event.%2$I IS NULL THEN 'unknown'  -- it may be a dead letter: who could tell?
-                           WHEN by_first.settled_at IS NOT NULL OR by_later.settled_at IS NOT NULL THEN 'published'
-                           WHEN latest.since IS NOT NULL THEN 'pending'
-                           ELSE 'unknown' END AS state) AS stands
-        $view$, entered.outbox, entered.id, entered.aggregate_id, entered.event_type, entered.slot, as_text),
-        ' UNION ALL ' ORDER BY entered.slot)
-      INTO outboxes
-      FROM cdc_outbox.outbox AS entered
-      JOIN pg_class ON pg_class.oid = entered.outbox,  -- it may have been dropped
-           (SELECT CASE WHEN count(*) > 1 THEN '::text' ELSE '' END
-              FROM cdc_outbox.outbox JOIN pg_class ON pg_class.oid = outbox.outbox) AS counted (as_text);
-    IF outboxes IS NULL THEN
-        DROP VIEW IF EXISTS cdc_outbox.event_status;
-        RETURN;
-    END IF;
-    BEGIN
-        EXECUTE 'CREATE OR REPLACE VIEW cdc_outbox.event_status AS ' || outboxes;  -- rights to it stay
-    EXCEPTION WHEN invalid_table_definition THEN  -- a column is of another type
-        DROP VIEW cdc_outbox.event_status;
-        EXECUTE 'CREATE VIEW cdc_outbox.event_status AS ' || outboxes;
-    END;
-    COMMENT ON VIEW cdc_outbox.event_status IS
-        'What became of each row: pending (will come), published, unknown (cannot be told), dead, discarded';
-END $$;

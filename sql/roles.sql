@@ -4,8 +4,8 @@
 --
 --   cdc_outbox_relay   logs in and streams. It needs no SELECT on the outbox and gets none. Be aware what REPLICATION
 --                      means in PostgreSQL: it may stream any table through any publication, and drop any slot.
---   cdc_outbox_reader  cannot log in; GRANT it to whoever may read the relay's state: not the events, so of dead letters
---                      everything but payload, key and headers.
+--   cdc_outbox_reader  cannot log in; GRANT it to whoever may read the relay's state: not the events, so of
+--                      parked ones everything but payload, key and headers, and of the outbox what event_status shows.
 --
 -- Roles belong to the whole server. One that exists already is left as it is. Where this database's administrator may
 -- not create a role with REPLICATION (managed services), a warning says so: make the role the provider's way
@@ -36,6 +36,7 @@ DO $$
 DECLARE
     named text;
     default_owner name;
+    entered record;
 BEGIN
     REVOKE ALL ON ALL TABLES IN SCHEMA cdc_outbox FROM PUBLIC;
     FOREACH named IN ARRAY ARRAY['cdc_outbox_relay', 'cdc_outbox_reader'] LOOP
@@ -60,23 +61,40 @@ BEGIN
     END LOOP;
 
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_relay') THEN
-        GRANT SELECT, INSERT, UPDATE ON cdc_outbox.confirmation, cdc_outbox.dead_letter TO cdc_outbox_relay;
-        GRANT SELECT, INSERT ON cdc_outbox.redrive_outcome TO cdc_outbox_relay;
+        GRANT SELECT, INSERT, UPDATE ON cdc_outbox.confirmation, cdc_outbox.parked TO cdc_outbox_relay;
+        GRANT SELECT, INSERT ON cdc_outbox.outcome TO cdc_outbox_relay;
         GRANT SELECT, INSERT, DELETE ON cdc_outbox.settled, cdc_outbox.coverage, cdc_outbox.canary TO cdc_outbox_relay;
     END IF;
 
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_reader') THEN
         GRANT SELECT ON cdc_outbox.schema_migration, cdc_outbox.confirmation, cdc_outbox.settled, cdc_outbox.coverage,
-                        cdc_outbox.outbox, cdc_outbox.redrive_outcome, cdc_outbox.canary TO cdc_outbox_reader;
-        -- a request may name a key in place of the dead letter's
-        GRANT SELECT (id, slot, dead_letter_id, topic, requested_by, requested_at)
-            ON cdc_outbox.redrive_request TO cdc_outbox_reader;
+                        cdc_outbox.outbox, cdc_outbox.outcome, cdc_outbox.canary TO cdc_outbox_reader;
+        -- its body may name a key in place of the event's
+        GRANT SELECT (id, slot, kind, parked_id, principal, at) ON cdc_outbox.request TO cdc_outbox_reader;
         GRANT SELECT (id, system_identifier, slot, commit_lsn, ordinal, committed_at, event_id, aggregate_type,
                       aggregate_id, event_type, topic, reason, detail, attempts, created_at, state, state_changed_at,
                       state_changed_by, note)
-            ON cdc_outbox.dead_letter TO cdc_outbox_reader;
+            ON cdc_outbox.parked TO cdc_outbox_reader;
         IF to_regclass('cdc_outbox.event_status') IS NOT NULL THEN
             GRANT SELECT ON cdc_outbox.event_status TO cdc_outbox_reader;
         END IF;
+        -- what event_status reads of each outbox
+        FOR entered IN SELECT outbox, id, aggregate_id, event_type, relnamespace::regnamespace AS space
+                         FROM cdc_outbox.outbox JOIN pg_class ON pg_class.oid = outbox.outbox
+        LOOP
+            BEGIN
+                IF NOT has_schema_privilege('cdc_outbox_reader', entered.space, 'USAGE') THEN
+                    EXECUTE format('GRANT USAGE ON SCHEMA %s TO cdc_outbox_reader', entered.space);
+                END IF;
+                EXECUTE format('GRANT SELECT (%I, %I, %I, xmin, tableoid) ON %s TO cdc_outbox_reader',
+                               entered.id, entered.aggregate_id, entered.event_type, entered.outbox);
+            EXCEPTION
+                WHEN insufficient_privilege THEN
+                    RAISE WARNING 'cdc_outbox_reader may not read what event_status shows of %', entered.outbox
+                        USING HINT = 'Let the owner of that table and its schema, or a superuser, run sql/roles.sql.';
+                WHEN undefined_column THEN
+                    NULL;  -- `cdc-outbox migrate up` says so
+            END;
+        END LOOP;
     END IF;
 END $$;

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Final
 
 from cdc_outbox.errors import BrokenInvariant, PoisonEvent, ServerStopping
-from cdc_outbox.journal import dead_letters
+from cdc_outbox.journal import parked
 from cdc_outbox.journal.continuity import HEADROOM_BYTES, Continuity
 from cdc_outbox.journal.settlement import Settlement
 from cdc_outbox.postgres.connection import BoundedConnection, translated
@@ -101,7 +101,7 @@ class Journal:
         #: dead letters that are published again and not acknowledged yet
         self._in_flight: set[int] = set()
         #: events that are kept here, and that the stream may bring once more
-        self.settled: Sequence[Position] = dead_letters.settled_since(
+        self.settled: Sequence[Position] = parked.settled_since(
             connection, continuity.system_identifier, slot.name, confirmed
         )
         self._is_failover = bool(slot.failover)
@@ -111,7 +111,7 @@ class Journal:
     def park(self, parking: Parking) -> bool:
         """Keep an event that can never be published. False if it was kept before."""
         event, poison = parking.event, parking.poison
-        is_new = dead_letters.put(
+        is_new = parked.put(
             self._connection,
             {
                 "system_identifier": self._continuity.system_identifier,
@@ -129,6 +129,7 @@ class Journal:
                 "payload": event.payload,
                 "reason": poison.reason,
                 "detail": poison.message,
+                "state": "dead",
             },
         )
         self._look_where_the_log_ends()
@@ -139,12 +140,12 @@ class Journal:
 
         Of the relay's own rows only: what else the requester wrote may not be visible yet.
         """
-        if request.slot != self._slot or dead_letters.has_outcome(self._connection, request.id):
+        if request.slot != self._slot or parked.has_outcome(self._connection, request.id):
             return None
-        letter = dead_letters.to_redrive(self._connection, request.dead_letter_id)
+        letter = parked.to_redrive(self._connection, request.dead_letter_id)
         state = letter["state"] if letter else "unknown"
         if letter is None or state in ("redriven", "discarded") or request.dead_letter_id in self._in_flight:
-            dead_letters.passed_over(self._connection, request.id, request.dead_letter_id)
+            parked.passed_over(self._connection, request.id, request.dead_letter_id)
             self._look_where_the_log_ends()
             return PassedOver(state)
         topic = request.topic or letter["topic"] or ""
@@ -154,14 +155,14 @@ class Journal:
 
     def redrive_refused(self, request: RedriveRequest, poison: PoisonEvent) -> None:
         self._in_flight.discard(request.dead_letter_id)
-        dead_letters.refused_again(
+        parked.refused_again(
             self._connection, request.id, request.dead_letter_id, reason=poison.reason, detail=poison.message
         )
         self._look_where_the_log_ends()
 
     def redriven(self, requests: Sequence[tuple[int, int]]) -> None:
         """Ids of requests, and of the dead letters that Kafka has acknowledged now."""
-        dead_letters.redriven(self._connection, dict(requests))
+        parked.redriven(self._connection, dict(requests))
         self._look_where_the_log_ends()
         self._in_flight.difference_update(dead_letter_id for _, dead_letter_id in requests)
 

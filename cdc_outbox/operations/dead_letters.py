@@ -1,10 +1,11 @@
 """Dead letters, as an operator sees them and decides about them.
 
-Over any connection that has the rights (sql/0004_dead_letters.sql). A dead letter is *open* until it is *redriven* or
+Over any connection that has the rights (sql/0003_parked.sql). A dead letter is *open* until it is *redriven* or
 *discarded*. An open one that somebody wants to be redriven, without an outcome yet, is shown as *redriving*; it can be
 asked for again all the same: a request may be lost with its slot.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -20,13 +21,14 @@ Row = dict[str, Any]
 
 #: As people see it.
 _STATE: Final = """
-    CASE WHEN letter.state = 'open' AND EXISTS (
-              SELECT FROM cdc_outbox.redrive_request AS request
-               WHERE request.dead_letter_id = letter.id
-                 AND NOT EXISTS (SELECT FROM cdc_outbox.redrive_outcome WHERE request_id = request.id))
-         THEN 'redriving' ELSE letter.state END AS state
+    CASE WHEN letter.state <> 'dead' THEN letter.state
+         WHEN EXISTS (
+              SELECT FROM cdc_outbox.request AS request
+               WHERE request.parked_id = letter.id
+                 AND NOT EXISTS (SELECT FROM cdc_outbox.outcome WHERE request_id = request.id))
+         THEN 'redriving' ELSE 'open' END AS state
 """
-_READ_EVENTS: Final = "SELECT ON cdc_outbox.dead_letter"
+_READ_EVENTS: Final = "SELECT ON cdc_outbox.parked"
 #: Without what an event says, in the order a person would read them.
 _SUMMARY: Final = (
     f"id, {_STATE}, created_at, reason, detail, attempts, event_id, aggregate_type, aggregate_id, event_type, topic, "
@@ -65,16 +67,16 @@ def find(connection: Connection, wanted: Filter) -> list[Row]:
     given = [(condition, value) for condition, value in conditions if value is not None]
     clauses = [condition for condition, _ in given]
     if not wanted.settled_too:
-        clauses.append("state = 'open'")
+        clauses.append("state = 'dead'")
     rest = f"WHERE {' AND '.join(clauses) or 'true'} ORDER BY committed_at, commit_lsn, ordinal"
     return _select(connection, _SUMMARY, rest, [value for _, value in given])
 
 
 def count_waiting(connection: Connection) -> int | None:
     """Dead letters that somebody must decide about; None if the schema is not installed."""
-    with translated("reading cdc_outbox.dead_letter", granting(connection, READER)):
+    with translated("reading cdc_outbox.parked", granting(connection, READER)):
         try:
-            row = connection.execute("SELECT count(id) FROM cdc_outbox.dead_letter WHERE state = 'open'").fetchone()
+            row = connection.execute("SELECT count(id) FROM cdc_outbox.parked WHERE state = 'dead'").fetchone()
         except psycopg.errors.UndefinedTable:
             return None
     return row[0] if row else None
@@ -94,22 +96,20 @@ def request_redrive(
     for name, given in (("topic", topic), ("key", key)):
         if letter[name] is None and given is None:
             raise ConfigurationError(f"dead letter {dead_letter_id} has no {name}", hint=f"give one with --{name}")
-    with translated(
-        "asking for a redrive", granting(connection, READER, _READ_EVENTS, "INSERT ON cdc_outbox.redrive_request")
-    ):
+    with translated("asking for a redrive", granting(connection, READER, _READ_EVENTS, "INSERT ON cdc_outbox.request")):
         connection.execute(
-            "INSERT INTO cdc_outbox.redrive_request (slot, dead_letter_id, topic, key) VALUES (%s, %s, %s, %s)",
-            [slot, dead_letter_id, topic, key],
+            "INSERT INTO cdc_outbox.request (slot, kind, parked_id, body) VALUES (%s, 'redrive', %s, %s)",
+            [slot, dead_letter_id, json.dumps({"topic": topic, "key": key})],
         )
 
 
 def discard(connection: Connection, dead_letter_id: int, note: str) -> None:
     """Nothing more is to be done about it; it is kept, with ``note``. Raises ConfigurationError if it is not open."""
-    rights = granting(connection, READER, "SELECT, UPDATE ON cdc_outbox.dead_letter")
+    rights = granting(connection, READER, "SELECT, UPDATE ON cdc_outbox.parked")
     with connection.transaction(), translated("discarding a dead letter", rights):
         _find_open(connection, dead_letter_id)
         connection.execute(
-            "UPDATE cdc_outbox.dead_letter SET state = 'discarded', note = %s, state_changed_at = now(),"
+            "UPDATE cdc_outbox.parked SET state = 'discarded', note = %s, state_changed_at = now(),"
             " state_changed_by = current_user WHERE id = %s",
             [note, dead_letter_id],
         )
@@ -125,12 +125,12 @@ def _check_published(connection: Connection, publication: str) -> None:
     with translated("looking at the publication"):
         listed = connection.execute(
             "SELECT FROM pg_publication_tables"
-            " WHERE pubname = %s AND schemaname = 'cdc_outbox' AND tablename = 'redrive_request'",
+            " WHERE pubname = %s AND schemaname = 'cdc_outbox' AND tablename = 'request'",
             [publication],
         ).rowcount
     if not listed:
         raise OperatorNeeded(
-            f"publication {publication!r} does not list cdc_outbox.redrive_request: the relay would not hear of it",
+            f"publication {publication!r} does not list cdc_outbox.request: the relay would not hear of it",
             hint=MIGRATE_HINT,
         )
 
@@ -153,7 +153,7 @@ def _find_open(connection: Connection, dead_letter_id: int) -> Row:
     if not rows:
         raise unknown(dead_letter_id)
     letter = rows[0]
-    if letter["state"] != "open":
+    if letter["state"] != "dead":
         raise ConfigurationError(
             f"dead letter {dead_letter_id} is {letter['state']}, not open",
             hint=f"see: cdc-outbox dead-letters show {dead_letter_id}",
@@ -169,6 +169,6 @@ def _select(
     *needed: str,
 ) -> list[Row]:
     """``needed`` beside what a reader may see."""
-    with translated("reading cdc_outbox.dead_letter", granting(connection, READER, *needed)):
+    with translated("reading cdc_outbox.parked", granting(connection, READER, *needed)):
         cursor = connection.cursor(row_factory=dict_row)
-        return cursor.execute(f"SELECT {columns} FROM cdc_outbox.dead_letter AS letter {rest}", parameters).fetchall()  # noqa: S608
+        return cursor.execute(f"SELECT {columns} FROM cdc_outbox.parked AS letter {rest}", parameters).fetchall()  # noqa: S608

@@ -1,7 +1,7 @@
 """What is known of the outbox's rows: which are published, which are stuck, of how many it cannot be told.
 
 Asked by operators, from the notes that the relay has left (settlement.py); view cdc_outbox.event_status says it of each
-row (sql/0006_settled.sql). Needs SELECT in schema cdc_outbox, and on the outbox where its rows are counted.
+row (sql/0007_event_status.sql). Needs SELECT in schema cdc_outbox, and on the outbox where its rows are counted.
 """
 
 from dataclasses import dataclass
@@ -89,7 +89,7 @@ def stuck_rows(
                    AND coalesce({committed} < now() - {patience}, true)
                    AND cdc_outbox.full_xid(event.xmin) >= latest.before
                    AND cdc_outbox.full_xid(event.xmin) >= pg_snapshot_xmax(covered.since)
-                   AND NOT EXISTS (SELECT FROM cdc_outbox.dead_letter
+                   AND NOT EXISTS (SELECT FROM cdc_outbox.parked
                                     WHERE event_id = format('%s', event.{id}) AND slot = {slot})
                  ORDER BY {committed} NULLS FIRST
                  LIMIT {most}

@@ -28,9 +28,9 @@ from cdc_outbox.postgres.slots import check_slot, check_whose_slot, create_slot_
 #: Any number, as long as every cdc-outbox uses the same one: 'cdcob' in ASCII.
 _ADVISORY_LOCK: Final = 0x6364636F62
 _TABLE_FILE: Final = "0002_outbox_table.sql"
-_PUBLICATION_FILE: Final = "0003_publication.sql"
-#: Tables of ours whose inserts the relay hears of, and the file that makes each and adds it to the default publication.
-_HEARD_TABLES: Final = {"redrive_request": "0004_dead_letters.sql", "canary": "0007_canary.sql"}
+_PUBLICATION_FILE: Final = "0009_publication.sql"
+#: Tables of ours whose inserts the relay has to hear of.
+_HEARD_TABLES: Final = ("request", "canary")
 #: Roles and all rights to the relay's schema. Not one of the files in order: it comes after everything, each time.
 _ROLES_FILE: Final = "roles.sql"
 _ROLES_HINTS: Final = {"42501": "let the owner of everything in schema cdc_outbox, or a superuser, run sql/roles.sql"}
@@ -125,8 +125,8 @@ def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step
             script = _publication_script(connection, target, table_is_made=_TABLE_FILE in made)
             steps.append(Step(f"create publication {target.publication}", script))
     else:
-        for table, file in _HEARD_TABLES.items():
-            if table not in listed and not (target.publication == "cdc_outbox" and file in made):
+        for table in _HEARD_TABLES:
+            if table not in listed:
                 name = sql.Identifier(target.publication).as_string(connection)
                 script = f"ALTER PUBLICATION {name} ADD TABLE cdc_outbox.{table};"
                 steps.append(Step(f"add cdc_outbox.{table} to publication {target.publication}", script))
@@ -180,7 +180,7 @@ def _set_rights(connection: Connection, report: Report) -> None:
 
 
 def _rights(connection: Connection) -> set[tuple[str, ...]]:
-    """All that is granted in the relay's schema."""
+    """All that is granted in the relay's schema, and to its reader elsewhere."""
     with translated("looking up rights in cdc_outbox"):
         rows = connection.execute(
             """
@@ -193,6 +193,7 @@ def _rights(connection: Connection) -> set[tuple[str, ...]]:
             SELECT attrelid::regclass || '.' || attname, granted::text
               FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid, unnest(attacl) AS granted
              WHERE relnamespace = 'cdc_outbox'::regnamespace
+                OR granted::text LIKE 'cdc_outbox_reader=%'
             """
         ).fetchall()
     return set(rows)
@@ -252,7 +253,10 @@ def _is_noted(connection: Connection, slot: str) -> bool:
 
 
 def _view_steps(connection: Connection, target: Target, *, table_is_made: bool) -> list[Step]:
-    """Enter this outbox for its slot and create the view again, unless both are so. Raises OperatorNeeded."""
+    """Enter this outbox for its slot and create the view again, unless it shows the outboxes as they are.
+
+    Raises OperatorNeeded.
+    """
     table = None if table_is_made else find_table(connection, target.table)
     resolved = target.columns.of(table.columns if table else ())
     columns = [resolved[field] for field in ("id", "aggregate_id", "event_type")]
@@ -262,7 +266,8 @@ def _view_steps(connection: Connection, target: Target, *, table_is_made: bool) 
         if is_made:
             entered = connection.execute(
                 "SELECT FROM cdc_outbox.outbox WHERE (slot, outbox, id, aggregate_id, event_type)"
-                " = (%s, to_regclass(%s), %s, %s, %s)",
+                " = (%s, to_regclass(%s), %s, %s, %s) AND (SELECT body FROM cdc_outbox.event_status_now())"
+                " = (SELECT prosrc FROM pg_proc WHERE oid = to_regproc('cdc_outbox.event_status_rows'))",
                 [target.slot, outbox.as_string(), *columns],
             )
             if entered.rowcount:

@@ -30,8 +30,8 @@ _MOST_CLOCK_SECONDS: Final = 1.0
 _LEAST_MINOR: Final = {14: 140_018, 15: 150_013, 16: 160_009, 17: 170_005}
 #: What the relay needs in its own schema: table, and rights to it.
 _STATE_RIGHTS: Final = {
-    "dead_letter": "SELECT, INSERT, UPDATE",
-    "redrive_outcome": "SELECT, INSERT",
+    "parked": "SELECT, INSERT, UPDATE",
+    "outcome": "SELECT, INSERT",
     "confirmation": "SELECT, INSERT, UPDATE",
     "settled": "SELECT, INSERT, DELETE",
     "coverage": "SELECT, INSERT, DELETE",

@@ -67,7 +67,7 @@ def _may_go(published: str, row_id: sql.Identifier) -> sql.Composed:
     """The condition by which a row, ``event``, may go, where the rows of these transactions (a multirange) may."""
     return sql.SQL(
         "({published}::int8multirange @> cdc_outbox.full_xid(event.xmin)::text::bigint AND {id} IS NOT NULL"
-        " AND NOT EXISTS (SELECT FROM cdc_outbox.dead_letter AS letter"
+        " AND NOT EXISTS (SELECT FROM cdc_outbox.parked AS letter"
         " WHERE letter.event_id = format('%s', {id}) AND letter.state <> 'redriven'))"
     ).format(published=published, id=row_id)
 

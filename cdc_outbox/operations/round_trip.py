@@ -60,6 +60,7 @@ def _carry_one(config: Config, stream: ReplicationStream, publisher: Acknowledge
             publisher.poll(0.05)
         if isinstance(stop, Parking):
             raise stop.poison
+        pipeline.close_batch()
         publisher.flush(0.01)
         if any(config.canary.topic in batch.per_topic for batch in pipeline.watermark.advance()):
             return time.monotonic() - began

@@ -54,11 +54,11 @@ def of_defaults(connection: Connection, table: Table, columns: Sequence[str]) ->
 
 def of_dead_letters(connection: Connection, slot: str) -> list[tuple[str, int]]:
     """Topics that open dead letters wait for, and how many do; none where the relay keeps no state."""
-    with translated("reading cdc_outbox.dead_letter", granting(connection, READER)):
-        if connection.execute("SELECT to_regclass('cdc_outbox.dead_letter')").fetchone() == (None,):
+    with translated("reading cdc_outbox.parked", granting(connection, READER)):
+        if connection.execute("SELECT to_regclass('cdc_outbox.parked')").fetchone() == (None,):
             return []
         return connection.execute(
-            "SELECT topic, count(*) FROM cdc_outbox.dead_letter"
-            " WHERE slot = %s AND state = 'open' AND reason = 'topic_missing' GROUP BY topic ORDER BY topic",
+            "SELECT topic, count(*) FROM cdc_outbox.parked"
+            " WHERE slot = %s AND state = 'dead' AND reason = 'topic_missing' GROUP BY topic ORDER BY topic",
             [slot],
         ).fetchall()

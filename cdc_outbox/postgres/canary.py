@@ -1,6 +1,6 @@
 """Planting a canary: a row of cdc_outbox.canary, which is in the log, and in the table no longer.
 
-The table's own reasons are in sql/0007_canary.sql.
+The table's own reasons are in sql/0008_canary.sql.
 """
 
 from cdc_outbox.postgres.connection import Connection, translated

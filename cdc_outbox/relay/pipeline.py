@@ -12,7 +12,7 @@ from cdc_outbox.errors import CdcOutboxError, MalformedStream, OperatorNeeded, P
 from cdc_outbox.relay.requests import REDRIVEN_HEADER, ReadRequest, RedriveRequest, compile_request_reader
 from cdc_outbox.relay.router import Record, Router, Routing, UnknownTopic
 from cdc_outbox.relay.stops import BATCH_FULL, DRAINED, DRY, FULL, NewTopic, Parking, RedriveRefused, Requested, Stop
-from cdc_outbox.relay.watermark import Watermark
+from cdc_outbox.relay.watermark import Batch, Watermark
 from cdc_outbox.wal import pgoutput
 from cdc_outbox.wal.frames import MESSAGE_START, XLOG_DATA, read_keepalive
 from cdc_outbox.wal.lsn import LSN
@@ -168,6 +168,10 @@ class Pipeline:
                 break
         self._ordinal = ordinal
         return stop or DRY
+
+    def close_batch(self) -> Batch | None:
+        """After a stop between two transactions: what they brought is confirmed together. None if that is nothing."""
+        return None if self.in_transaction else self.watermark.close_batch()
 
     def publish_one_by_one(self) -> None:
         """From now on `feed` is given one frame at a time, and its event may be withdrawn."""

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
+import orjson
+
 from cdc_outbox.errors import OperatorNeeded
 from cdc_outbox.wal.encodings import Encoding
 from cdc_outbox.wal.pgoutput import Relation
@@ -14,8 +16,8 @@ from cdc_outbox.wal.row_plan import compile_insert_reader
 
 #: The header of an event that is published again; its value is the dead letter's id.
 REDRIVEN_HEADER: Final = "cdc-outbox-redriven"
-_REDRIVES: Final = ("cdc_outbox", "redrive_request")
-_COLUMNS: Final = ("id", "slot", "dead_letter_id", "topic", "key")
+_REQUESTS: Final = ("cdc_outbox", "request")
+_COLUMNS: Final = ("id", "slot", "parked_id", "body")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ ReadRequest = Callable[[bytes], RedriveRequest]
 
 def compile_request_reader(relation: Relation, encoding: Encoding) -> ReadRequest | None:
     """None if ``relation`` holds no requests. Raises OperatorNeeded if it lacks a column."""
-    if (relation.namespace, relation.name) != _REDRIVES:
+    if (relation.namespace, relation.name) != _REQUESTS:
         return None
     try:
         read = compile_insert_reader(relation, _COLUMNS)
@@ -48,13 +50,11 @@ def compile_request_reader(relation: Relation, encoding: Encoding) -> ReadReques
         ) from error
 
     def read_request(frame: bytes) -> RedriveRequest:
-        number, slot, dead_letter_id, topic, key = read(frame)
+        number, slot, parked_id, text = read(frame)
+        body = orjson.loads(encoding.text(text))
+        key = body.get("key")
         return RedriveRequest(
-            int(number),
-            encoding.text(slot),
-            int(dead_letter_id),
-            None if topic is None else encoding.text(topic),
-            None if key is None else encoding.text(key).encode(),
+            int(number), encoding.text(slot), int(parked_id), body.get("topic"), None if key is None else key.encode()
         )
 
     return read_request

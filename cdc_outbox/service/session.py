@@ -144,15 +144,11 @@ class Session:
         """Until they run dry, or the pipeline is drained; doing what it stops for meanwhile."""
         while True:
             stop = self._pipeline.feed(frames)
-            if not self._pipeline.in_transaction:
-                self._close_batch()
+            if batch := self._pipeline.close_batch():
+                self._delivery.close_batch(batch)
             if isinstance(stop, Dry | Drained):
                 return
             self._act_on(stop)
-
-    def _close_batch(self) -> None:
-        if batch := self._watermark.close_batch():
-            self._delivery.close_batch(batch)
 
     def _act_on(self, stop: Stop) -> None:
         match stop:
@@ -270,7 +266,8 @@ class Session:
     def _settle_what_came_before(self) -> None:
         """An operator is needed: confirm what came before the trouble, so that no restart sends it again."""
         with suppress(CdcOutboxError):  # the trouble itself, again
-            self._close_batch()
+            if batch := self._watermark.close_batch():
+                self._delivery.close_batch(batch)
             self._drain(_LAST_DRAIN_SECONDS)
         with suppress(CdcOutboxError):
             self._send_last_status()

@@ -83,7 +83,7 @@ def test_a_dead_letter_is_the_whole_event(poisoned: World, start_relay: StartRel
     world.wait_until_confirmed()
     (row,) = world.db.execute(
         "SELECT event_id, aggregate_type, aggregate_id, event_type, topic, key, headers, payload, ordinal, attempts,"
-        " commit_lsn < pg_current_wal_lsn(), created_at >= committed_at FROM cdc_outbox.dead_letter"
+        " commit_lsn < pg_current_wal_lsn(), created_at >= committed_at FROM cdc_outbox.parked"
     ).fetchall()
     headers = [["id", event_id], ["type", "tested"], ["traceparent", "00-1"], ["odd", "\0"]]
     topic = f"outbox.{small(world)}"
@@ -197,8 +197,8 @@ def test_a_redrive_waits_for_the_relay(poisoned: World, start_relay: StartRelay)
     # a request that was carried out before a crash arrives once more
     start_relay()
     world.db.execute(
-        "INSERT INTO cdc_outbox.redrive_request (slot, dead_letter_id) VALUES (%(slot)s, 1), (%(slot)s, 99)",
-        {"slot": world.slot},
+        "INSERT INTO cdc_outbox.request (slot, kind, parked_id) SELECT %s, 'redrive', unnest(ARRAY[1, 99])",
+        [world.slot],
     )
     world.wait_until_confirmed()
     assert ids_of(world, aggregate_type, 1) == [event_id]
@@ -290,11 +290,11 @@ def test_an_outcome_that_cannot_be_recorded_is_not_confirmed(poisoned: World, st
     relay = start_relay()
     world.wait_until_confirmed()
     aggregate_type = world.create_topic()
-    world.db.execute("ALTER TABLE cdc_outbox.redrive_outcome ADD CHECK (outcome <> 'redriven')")
+    world.db.execute("ALTER TABLE cdc_outbox.outcome ADD CONSTRAINT refused CHECK (result <> 'redriven')")
     asked = command.run(world.environment, "dead-letters", "redrive", "1", "--topic", f"outbox.{aggregate_type}")
     assert asked.exit_code == 0
     assert relay.process.wait(20) == 3
-    world.db.execute("ALTER TABLE cdc_outbox.redrive_outcome DROP CONSTRAINT redrive_outcome_outcome_check1")
+    world.db.execute("ALTER TABLE cdc_outbox.outcome DROP CONSTRAINT refused")
     start_relay()
     world.wait_until_confirmed()
     assert set(ids_of(world, aggregate_type, 1)) == {event_id}
@@ -343,7 +343,7 @@ def test_a_crash_neither_loses_nor_doubles_it(poisoned: World, tmp_path: Path, m
     bad = world.insert(small(world), payload=too_large())
     good.append(world.insert(small(world)))
     timing = "BEFORE" if moment.startswith("before") else "AFTER"
-    hold(world, f"{timing} INSERT ON cdc_outbox.dead_letter")
+    hold(world, f"{timing} INSERT ON cdc_outbox.parked")
     with RelayProcess(relay_environment(world), tmp_path / "relay.log") as relay:
         wait_until_held(world)
         if moment == "after":
@@ -380,7 +380,7 @@ def wait_until_held(world: World) -> None:
 
 
 def count(world: World) -> int:
-    row = world.db.execute("SELECT count(*) FROM cdc_outbox.dead_letter").fetchone()
+    row = world.db.execute("SELECT count(*) FROM cdc_outbox.parked").fetchone()
     assert row
     return int(row[0])
 
@@ -396,9 +396,7 @@ def test_what_was_put_away_is_not_published_besides(poisoned: World, tmp_path: P
     world = poisoned
     bad = world.insert(small(world), payload=too_large())
     good = world.insert(small(world))
-    hold(
-        world, "BEFORE INSERT OR UPDATE ON cdc_outbox.confirmation", when="EXISTS (SELECT FROM cdc_outbox.dead_letter)"
-    )
+    hold(world, "BEFORE INSERT OR UPDATE ON cdc_outbox.confirmation", when="EXISTS (SELECT FROM cdc_outbox.parked)")
     with RelayProcess(relay_environment(world), tmp_path / "relay.log") as relay:
         wait_until_held(world)
         relay.process.kill()
@@ -427,11 +425,11 @@ def test_redrive_is_refused_if_the_relay_would_not_hear_of_it(poisoned: World, s
     world = poisoned
     world.insert("no topic")
     relay_until_confirmed(world, start_relay)
-    world.db.execute("ALTER PUBLICATION cdc_outbox DROP TABLE cdc_outbox.redrive_request")
+    world.db.execute("ALTER PUBLICATION cdc_outbox DROP TABLE cdc_outbox.request")
     done = command.run(world.environment, "dead-letters", "redrive", "1")
     assert done.exit_code == 3
-    assert "does not list cdc_outbox.redrive_request: the relay would not hear of it" in done.error
-    assert command.run(world.environment, "migrate", "up").out.startswith("add cdc_outbox.redrive_request")
+    assert "does not list cdc_outbox.request: the relay would not hear of it" in done.error
+    assert command.run(world.environment, "migrate", "up").out.startswith("add cdc_outbox.request")
     start_relay()
     redrive(world, 1)
 

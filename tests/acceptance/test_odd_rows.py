@@ -250,7 +250,7 @@ def test_a_large_event_is_kept_whole(world: World, start_relay: StartRelay) -> N
     start_relay()
     good = world.insert(aggregate_type)
     world.wait_until_confirmed(timeout_seconds=60)
-    row = world.db.execute("SELECT reason, octet_length(payload) FROM cdc_outbox.dead_letter").fetchall()
+    row = world.db.execute("SELECT reason, octet_length(payload) FROM cdc_outbox.parked").fetchall()
     assert row == [("MSG_SIZE_TOO_LARGE", size)]
     assert [dict(headers_of(message))["id"] for message in world.read(aggregate_type, 1)] == [good]
     began = time.monotonic()

@@ -99,7 +99,7 @@ def test_one_of_two_outboxes_is_taken_out_of_the_view(world: World) -> None:
     }
     world.db.execute("CREATE TABLE other (LIKE outbox)")
     assert command.run(other, "migrate", "up").exit_code == 0
-    query = "SELECT pg_get_viewdef('cdc_outbox.event_status') LIKE '%UNION ALL%'"
+    query = "SELECT prosrc LIKE '%UNION ALL%' FROM pg_proc WHERE proname = 'event_status_rows'"
     assert world.db.execute(query).fetchone() == (True,)
     for statement in statements("Uninstall", 3).replace("the_slot", f"{world.slot}_other").strip().split(";\n"):
         world.db.execute(statement.rstrip(";").encode())

@@ -72,7 +72,7 @@ def test_what_a_relay_says_in_good_times_and_bad(world: World, start_relay: Star
 
 
 def waiting(world: World) -> int:
-    row = world.db.execute("SELECT count(*) FROM cdc_outbox.dead_letter").fetchone()
+    row = world.db.execute("SELECT count(*) FROM cdc_outbox.parked").fetchone()
     assert row
     return int(row[0])
 

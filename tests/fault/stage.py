@@ -256,7 +256,7 @@ class Stage:
         return read_to_the_end(self.reads_from or self.servers.kafka.bootstrap_servers, topics)
 
     def dead_letters(self) -> dict[str, float]:
-        rows = self.world.db.execute("SELECT event_id, extract(epoch FROM created_at) FROM cdc_outbox.dead_letter")
+        rows = self.world.db.execute("SELECT event_id, extract(epoch FROM created_at) FROM cdc_outbox.parked")
         return {event_id: float(at) for event_id, at in rows}
 
     def check_retained_wal(self) -> None:

@@ -145,13 +145,13 @@ def test_a_dead_letter_that_the_standby_lacks_is_not_confirmed(
         wait_until(lambda: slot_is_synced(standby, world.slot), "the standby has the slot", timeout_seconds=60)
         with ExitStack() as cut_off:
             with psycopg.connect(world.dsn) as locking:
-                locking.execute("LOCK TABLE cdc_outbox.dead_letter IN ACCESS EXCLUSIVE MODE")
+                locking.execute("LOCK TABLE cdc_outbox.parked IN ACCESS EXCLUSIVE MODE")
                 event = world.insert("no topic")
                 wait_until(lambda: waits_for_lock(world), "the relay has the event, and cannot write its row")
                 cut_off.enter_context(standby.cut_off())
             wait_until(lambda: dead_letters(world) == [event], "the row is written, where the standby does not see it")
             time.sleep(2)  # a hundred times as long as a confirmation takes
-            (commit_lsn,) = world.db.execute("SELECT commit_lsn::text FROM cdc_outbox.dead_letter").fetchone() or ("",)
+            (commit_lsn,) = world.db.execute("SELECT commit_lsn::text FROM cdc_outbox.parked").fetchone() or ("",)
             assert world.confirmed_lsn() <= LSN.parse(commit_lsn), "it would be lost with the primary"
             assert relay.process.poll() is None, relay.said()
             primary.stop("immediate")
@@ -160,7 +160,7 @@ def test_a_dead_letter_that_the_standby_lacks_is_not_confirmed(
         standby.promote()
         world.db = reconnected(world)
         wait_until(lambda: dead_letters(world) == [event], "it is sent again, and kept", timeout_seconds=60)
-        (created_at,) = world.db.execute("SELECT created_at FROM cdc_outbox.dead_letter").fetchone() or (None,)
+        (created_at,) = world.db.execute("SELECT created_at FROM cdc_outbox.parked").fetchone() or (None,)
         assert created_at > promoted_at, "the standby had it, and this test shows nothing"
         world.wait_until_confirmed()
 
@@ -177,7 +177,7 @@ def waits_for_lock(world: World) -> bool:
 
 
 def dead_letters(world: World) -> list[str]:
-    return [event_id for (event_id,) in world.db.execute("SELECT event_id FROM cdc_outbox.dead_letter")]
+    return [event_id for (event_id,) in world.db.execute("SELECT event_id FROM cdc_outbox.parked")]
 
 
 def wait_for_more(writer: Writer, count: int) -> None:

@@ -78,7 +78,7 @@ def test_a_row_that_cannot_be_decoded(stage: Stage) -> None:
     after = stage.world.insert(stage.aggregate_types[0])
     stage.world.wait_until_confirmed()
     assert [record.event_id for record in stage.records()][-1] == after
-    query = "SELECT reason, event_id, payload, detail FROM cdc_outbox.dead_letter"
+    query = "SELECT reason, event_id, payload, detail FROM cdc_outbox.parked"
     (letter,) = stage.world.db.execute(query).fetchall()
     assert letter[:2] == ("undecodable", None)
     assert mark.encode() in letter[2]

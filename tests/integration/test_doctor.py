@@ -91,8 +91,8 @@ def role(world: World, attributes: str, *grants: str) -> Iterator[str]:
 
 _STATE = (
     "USAGE ON SCHEMA cdc_outbox",
-    "SELECT, INSERT, UPDATE ON cdc_outbox.dead_letter",
-    "SELECT, INSERT ON cdc_outbox.redrive_outcome",
+    "SELECT, INSERT, UPDATE ON cdc_outbox.parked",
+    "SELECT, INSERT ON cdc_outbox.outcome",
     "SELECT, INSERT, UPDATE ON cdc_outbox.confirmation",
     "SELECT, INSERT, DELETE ON cdc_outbox.settled, cdc_outbox.coverage",
     "SELECT, INSERT, DELETE ON cdc_outbox.canary",
@@ -298,14 +298,14 @@ def test_a_role_with_too_little(world: World) -> None:
         findings = doctor(world, dsn=dsn)
     said(findings, "warning", "has not REPLICATION", "ALTER ROLE")
     said(findings, "failed", "replication connection", "ALTER ROLE ... REPLICATION")
-    said(findings, "failed", "cannot keep the relay's state", "GRANT SELECT, INSERT, UPDATE ON cdc_outbox.dead_letter")
+    said(findings, "failed", "cannot keep the relay's state", "GRANT SELECT, INSERT, UPDATE ON cdc_outbox.parked")
 
 
 def test_no_schema(world: World) -> None:
     world.migrate()
     world.db.execute("DROP SCHEMA cdc_outbox CASCADE")
     with role(world, "REPLICATION") as dsn:
-        said(doctor(world, dsn=dsn), "failed", "cdc_outbox has no table dead_letter", "cdc-outbox migrate up")
+        said(doctor(world, dsn=dsn), "failed", "cdc_outbox has no table parked", "cdc-outbox migrate up")
 
 
 def test_a_pooler(world: World) -> None:

@@ -1,6 +1,7 @@
 """sql/ on every PostgreSQL that is here."""
 
 import threading
+import uuid
 from pathlib import Path
 
 import psycopg
@@ -133,7 +134,7 @@ def test_an_existing_table_by_configuration_alone(every_world: World) -> None:
     )
     steps = up(world, wanted)
     assert [step.split()[0] for step in steps] == [*["apply"] * (FILES - 2), "create", "create", "make", "set"]
-    assert states(world, wanted) == ["applied", "not needed", "not needed", *["applied"] * (FILES - 3)]
+    assert states(world, wanted) == ["applied", "not needed", *["applied"] * (FILES - 3), "not needed"]
     assert world.db.execute("SELECT to_regclass('public.outbox')").fetchone() == (None,)
     table = catalog.find_table(world.db, '"App".outboxevent')
     assert wasteful(check_publication(world.db, "App events", table).publication) == []
@@ -150,24 +151,62 @@ def test_a_publication_of_another_name(every_world: World) -> None:
         "make",
         "set",
     ]
-    assert states(world, wanted) == ["applied", "applied", "not needed", *["applied"] * (FILES - 3)]
+    assert states(world, wanted) == [*["applied"] * (FILES - 1), "not needed"]
     assert wasteful(check_publication(world.db, "Other", catalog.find_table(world.db, "outbox")).publication) == []
     assert up(world, wanted) == []
 
 
-def test_a_publication_that_is_there_learns_of_redrive_requests(every_world: World) -> None:
+def test_a_publication_that_is_there_gets_the_tables_that_the_relay_hears_of(every_world: World) -> None:
     world = every_world
     world.db.execute("CREATE TABLE events (id uuid, aggregate_id text, event_type text, payload json)")
     world.db.execute("CREATE PUBLICATION mine FOR TABLE events WITH (publish = 'insert')")
     wanted = target(world, table="events", publication="mine")
-    assert "add cdc_outbox.redrive_request to publication mine" in up(world, wanted)
+    assert "add cdc_outbox.request to publication mine" in up(world, wanted)
     assert up(world, wanted) == []
     tables = "SELECT schemaname || '.' || tablename FROM pg_publication_tables WHERE pubname = 'mine' ORDER BY 1"
     assert world.db.execute(tables).fetchall() == [
         ("cdc_outbox.canary",),
-        ("cdc_outbox.redrive_request",),
+        ("cdc_outbox.request",),
         ("public.events",),
     ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "ALTER COLUMN event_type TYPE varchar(80)",
+        "ALTER COLUMN aggregate_id TYPE bigint USING aggregate_id::bigint",
+        "ALTER COLUMN id DROP DEFAULT, ALTER COLUMN id TYPE char(36)",
+        "RENAME TO outbox2",
+        "SET SCHEMA later",
+    ],
+)
+def test_the_view_is_in_the_way_of_no_change_to_the_outbox(every_world: World, change: str) -> None:
+    world = every_world
+    up(world)
+    world.db.execute("INSERT INTO outbox (aggregate_id, event_type) VALUES ('1', 'x')")
+    world.db.execute("CREATE SCHEMA later")
+    world.db.execute(f"ALTER TABLE outbox {change}".encode())
+    now = {"RENAME TO outbox2": "outbox2", "SET SCHEMA later": "later.outbox"}.get(change, "outbox")
+    wanted = target(world, table=now)
+    assert "make view cdc_outbox.event_status" in up(world, wanted)
+    query = "SELECT event_type::text, state, pg_typeof(aggregate_id) FROM cdc_outbox.event_status"
+    kind = "bigint" if "bigint" in change else "text"
+    assert world.db.execute(query).fetchall() == [("x", "pending", kind)]
+    assert as_role(world, "cdc_outbox_reader", "SELECT count(*) FROM cdc_outbox.event_status") == [(1,)]
+    assert up(world, wanted) == []
+    world.db.execute(f"DROP TABLE {now}")
+
+
+def test_an_index_of_the_outbox_serves_the_view(every_world: World) -> None:
+    world = every_world
+    up(world)
+    world.db.execute("INSERT INTO outbox (aggregate_id, event_type) SELECT 'a', 'x' FROM generate_series(1, 5000)")
+    world.db.execute("ANALYZE outbox")
+    world.db.execute("SET search_path = pg_catalog")
+    query = "EXPLAIN SELECT published FROM cdc_outbox.event_status WHERE outbox_id = %s"
+    plan = world.db.execute(query, [uuid.uuid4()]).fetchall()
+    assert any("Index Scan using outbox_pkey" in line for (line,) in plan), plan
 
 
 def test_a_table_that_is_not_there_is_named(every_world: World) -> None:
@@ -210,8 +249,8 @@ def as_role(world: World, role: str, statement: str) -> list[tuple[object, ...]]
         "DELETE FROM public.outbox",
         "INSERT INTO cdc_outbox.schema_migration VALUES ('x', 'x')",
         "CREATE TABLE cdc_outbox.x ()",
-        "DELETE FROM cdc_outbox.dead_letter",
-        "INSERT INTO cdc_outbox.redrive_request (slot, dead_letter_id) VALUES ('s', 1)",
+        "DELETE FROM cdc_outbox.parked",
+        "INSERT INTO cdc_outbox.request (slot, kind, parked_id) VALUES ('s', 'redrive', 1)",
         "DELETE FROM cdc_outbox.confirmation",
         "DROP PUBLICATION cdc_outbox",
     ],
@@ -229,10 +268,10 @@ def test_the_reader_reads_the_state_and_nothing_else(every_world: World) -> None
     assert as_role(world, "cdc_outbox_reader", "SELECT count(*) FROM cdc_outbox.schema_migration") == [(FILES,)]
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
         as_role(world, "cdc_outbox_relay", "SELECT * FROM cdc_outbox.schema_migration")
-    assert as_role(world, "cdc_outbox_reader", "SELECT id, topic, reason FROM cdc_outbox.dead_letter") == []
+    assert as_role(world, "cdc_outbox_reader", "SELECT id, topic, reason FROM cdc_outbox.parked") == []
     for secret in ("payload", "headers", "key"):
         with pytest.raises(psycopg.errors.InsufficientPrivilege):
-            as_role(world, "cdc_outbox_reader", f"SELECT {secret} FROM cdc_outbox.dead_letter")
+            as_role(world, "cdc_outbox_reader", f"SELECT {secret} FROM cdc_outbox.parked")
     world.db.execute("CREATE TABLE cdc_outbox.later (x int)")
     with pytest.raises(psycopg.errors.InsufficientPrivilege):
         as_role(world, "cdc_outbox_reader", "SELECT * FROM cdc_outbox.later")

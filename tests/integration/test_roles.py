@@ -29,10 +29,7 @@ def test_the_relay_s_role_streams_the_outbox_and_can_read_no_table_but_its_own(e
     world = every_world
     world.db.execute("CREATE TABLE salaries (who text, how_much int)")
     world.migrate()
-    own = [
-        f"cdc_outbox.{name}"
-        for name in ("canary", "confirmation", "coverage", "dead_letter", "redrive_outcome", "settled")
-    ]
+    own = [f"cdc_outbox.{name}" for name in ("canary", "confirmation", "coverage", "outcome", "parked", "settled")]
     assert readable(world, "cdc_outbox_relay") == own
     world.db.execute("ALTER ROLE cdc_outbox_relay PASSWORD 'pw'")
     dsn = conninfo.make_conninfo(world.dsn, user="cdc_outbox_relay", password="pw")
@@ -52,10 +49,15 @@ def test_the_reader_s_role_sees_everything_but_the_events(every_world: World) ->
     world.migrate()
     seen = readable(world, "cdc_outbox_reader")
     assert "cdc_outbox.event_status" in seen
-    assert "cdc_outbox.dead_letter" in seen
-    assert not [name for name in seen if not name.startswith("cdc_outbox.")]
+    assert "cdc_outbox.parked" in seen
+    assert [name for name in seen if not name.startswith("cdc_outbox.")] == ["public.outbox"]
+    with psycopg.connect(world.dsn) as session:
+        session.execute("SET ROLE cdc_outbox_reader")
+        assert session.execute("SELECT count(*) FROM cdc_outbox.event_status").fetchone() == (0,)
+        with pytest.raises(psycopg.errors.InsufficientPrivilege):
+            session.execute("SELECT payload FROM outbox")
     (payload,) = world.db.execute(
-        "SELECT has_column_privilege('cdc_outbox_reader', 'cdc_outbox.dead_letter', 'payload', 'SELECT')"
+        "SELECT has_column_privilege('cdc_outbox_reader', 'cdc_outbox.parked', 'payload', 'SELECT')"
     ).fetchall()
     assert payload == (False,)
 
@@ -82,7 +84,7 @@ def rights(world: World, role: str) -> list[tuple[str, ...]]:
 #: What somebody, or an earlier version of these files, may have left.
 _BEFORE = (
     "GRANT ALL ON ALL TABLES IN SCHEMA cdc_outbox TO cdc_outbox_reader, cdc_outbox_relay",
-    "GRANT SELECT (payload, key), UPDATE (note) ON cdc_outbox.dead_letter TO cdc_outbox_reader",
+    "GRANT SELECT (payload, key), UPDATE (note) ON cdc_outbox.parked TO cdc_outbox_reader",
     "GRANT CREATE ON SCHEMA cdc_outbox TO cdc_outbox_relay",
     "ALTER DEFAULT PRIVILEGES IN SCHEMA cdc_outbox GRANT SELECT ON TABLES TO cdc_outbox_reader",
     "REVOKE ALL ON ALL TABLES IN SCHEMA cdc_outbox FROM cdc_outbox_reader, cdc_outbox_relay",
@@ -104,7 +106,7 @@ def test_rights_are_the_same_whatever_was_before(every_world: World) -> None:
             assert [name for role in roles for name, *_ in rights(world, role) if name == "later"] == []
             world.db.execute("DROP TABLE cdc_outbox.later")
     assert command.run(world.environment, "migrate", "up").out == "nothing to do\n"
-    assert ("dead_letter", "payload", "SELECT") not in before["cdc_outbox_reader"]
+    assert ("parked", "payload", "SELECT") not in before["cdc_outbox_reader"]
     assert {held for _, _, held in before["cdc_outbox_reader"]} == {"SELECT"}
 
 

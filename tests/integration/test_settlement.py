@@ -265,11 +265,11 @@ def test_a_transaction_id_is_made_whole_by_what_is_near(migrated: World) -> None
 def test_a_dead_letter_keeps_its_row_until_it_is_redriven(migrated: World) -> None:
     for name in ("open", "redriven", "fine"):
         insert(migrated.db, name)
-    for name, state in (("open", "open"), ("redriven", "redriven")):
+    for name, state in (("open", "dead"), ("redriven", "redriven")):
         migrated.db.execute(
-            "INSERT INTO cdc_outbox.dead_letter (system_identifier, slot, commit_lsn, ordinal, committed_at, event_id,"
+            "INSERT INTO cdc_outbox.parked (system_identifier, slot, commit_lsn, ordinal, committed_at, event_id,"
             " reason, detail, state) VALUES ('s', %s, %s, 0, now(), %s, 'too_large', '', %s)",
-            [migrated.slot, "0/1" if state == "open" else "0/2", name, state],
+            [migrated.slot, "0/1" if state == "dead" else "0/2", name, state],
         )
     assert {row.outbox_id for row in stuck(migrated)} == {"fine"}
     settle(settlement(migrated), migrated)
@@ -780,8 +780,8 @@ def test_a_dead_letter_of_a_padded_id_keeps_its_row(every_world: World) -> None:
     session = settlement(world)
     world.db.execute("INSERT INTO outbox (id, aggregate_id) VALUES ('dead', 'a')")
     world.db.execute(
-        "INSERT INTO cdc_outbox.dead_letter (system_identifier, slot, commit_lsn, ordinal, committed_at, event_id,"
-        " reason, detail) VALUES ('s', %s, '0/1', 0, now(), 'dead    ', 'too_large', '')",
+        "INSERT INTO cdc_outbox.parked (system_identifier, slot, commit_lsn, ordinal, committed_at, event_id,"
+        " reason, detail, state) VALUES ('s', %s, '0/1', 0, now(), 'dead    ', 'too_large', '', 'dead')",
         [world.slot],
     )
     settle(session, world)

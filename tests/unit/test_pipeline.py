@@ -18,7 +18,7 @@ from support import frames
 
 OUTBOX = {"id": 2950, "aggregate_type": 25, "aggregate_id": 25, "event_type": 25, "payload": 114}
 RELATION = frames.relation(7, "outbox", OUTBOX)
-REQUEST = {"id": 20, "slot": 25, "dead_letter_id": 20, "topic": 25, "key": 25}
+REQUEST = {"id": 20, "slot": 25, "kind": 25, "parked_id": 20, "body": 3802}
 
 
 class Refused(Exception):
@@ -77,8 +77,7 @@ class Driver:
         frames = iter(frames)
         while True:
             stop = self.pipeline.feed(frames)
-            if not self.pipeline.in_transaction:
-                self.watermark.close_batch()
+            self.pipeline.close_batch()
             if isinstance(stop, Dry | Drained):
                 return
             self.act_on(stop)
@@ -108,6 +107,10 @@ def make(publisher: FakePublisher, strays: Strays | None = None, settled: Iterab
 
 def event(number: int) -> bytes:
     return frames.insert(7, [b"e%d" % number, b"order", b"a", b"t", b"{}"])
+
+
+def redrive(number: int, dead_letter: int, body: bytes = b"{}") -> bytes:
+    return frames.insert(9, [b"%d" % number, b"s", b"redrive", b"%d" % dead_letter, body])
 
 
 def transaction(commit_lsn: int, *events: bytes) -> list[bytes]:
@@ -383,10 +386,10 @@ def test_an_ordinal_counts_every_insert_of_the_transaction() -> None:
 def test_a_redrive_is_published_in_its_place() -> None:
     publisher = FakePublisher()
     driver = make(publisher)
-    requests = frames.relation(9, "redrive_request", REQUEST, namespace="cdc_outbox")
+    requests = frames.relation(9, "request", REQUEST, namespace="cdc_outbox")
     driver.records[5] = Record("outbox.order", b"old", b"k", [("id", b"e0")])
     driver.records[6] = Record("secret", b"old", b"k", [])
-    first, second, third = (frames.insert(9, [b"1", b"s", number, None, None]) for number in (b"5", b"6", b"7"))
+    first, second, third = (redrive(1, number) for number in (5, 6, 7))
     driver.feed([RELATION, requests, *transaction(10, event(1), first, second, third, event(2))])
     assert [record[:3] for record in publisher.taken] == [
         ("outbox.order", b"{}", b"a"),
@@ -404,11 +407,11 @@ def test_a_redrive_that_can_never_fit_is_refused_and_counted_out() -> None:
     publisher = FakePublisher()
     driver = make(publisher)
     driver.make_room = driver.no_room_will_come
-    requests = frames.relation(9, "redrive_request", REQUEST, namespace="cdc_outbox")
+    requests = frames.relation(9, "request", REQUEST, namespace="cdc_outbox")
     driver.records[5] = Record("outbox.order", b"x" * 100, b"k", [])
     driver.feed([RELATION, requests, frames.begin(10)])
     publisher.room = 0
-    driver.feed([frames.insert(9, [b"1", b"s", b"5", None, None])])
+    driver.feed([redrive(1, 5)])
     publisher.room = 10
     driver.feed([event(1), frames.commit(10, 11)])
     publisher.deliver()
@@ -449,7 +452,7 @@ class Interrupted(BaseException):
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
-@pytest.mark.parametrize("row", [event(2), frames.insert(9, [b"1", b"s", b"5", None, None])], ids=["event", "redrive"])
+@pytest.mark.parametrize("row", [event(2), redrive(1, 5)], ids=["event", "redrive"])
 def test_whatever_is_raised_what_is_counted_in_is_in_flight(row: bytes, one_by_one: bool) -> None:  # noqa: FBT001
     class Interrupting(FakePublisher):
         def publish(self, *record: Any) -> None:
@@ -462,7 +465,7 @@ def test_whatever_is_raised_what_is_counted_in_is_in_flight(row: bytes, one_by_o
     if one_by_one:
         driver.pipeline.publish_one_by_one()
     driver.records[5] = Record("outbox.order", b"x", b"k", [])
-    requests = frames.relation(9, "redrive_request", REQUEST, namespace="cdc_outbox")
+    requests = frames.relation(9, "request", REQUEST, namespace="cdc_outbox")
     driver.feed([RELATION, requests, frames.begin(10), event(1)])
     with pytest.raises(Interrupted):
         driver.feed([row])
@@ -492,13 +495,13 @@ def test_an_event_whose_topic_is_not_there_is_put_away_or_raised() -> None:
         driver.pipeline.refuse(OperatorNeeded("forbidden"))
 
 
-@pytest.mark.parametrize("row", [event(2), frames.insert(9, [b"1", b"s", b"5", None, None])], ids=["event", "redrive"])
+@pytest.mark.parametrize("row", [event(2), redrive(1, 5)], ids=["event", "redrive"])
 def test_one_by_one_the_last_event_can_be_withdrawn(row: bytes) -> None:
     publisher = FakePublisher()
     driver = make(publisher)
     driver.pipeline.publish_one_by_one()
     driver.records[5] = Record("outbox.order", b"x", b"k", [])
-    requests = frames.relation(9, "redrive_request", REQUEST, namespace="cdc_outbox")
+    requests = frames.relation(9, "request", REQUEST, namespace="cdc_outbox")
     driver.feed([RELATION, requests, frames.begin(10), event(1)])
     driver.feed([row])
     driver.act_on(driver.pipeline.withdraw(PoisonEvent("refused", reason="refused")))
@@ -519,8 +522,8 @@ ROWS = st.sampled_from(
         frames.insert(7, [b"e4", b"a b", b"a", b"t", b"{}"]),
         event(5)[:-1],
         frames.insert(8, [b"1"]),
-        frames.insert(9, [b"1", b"s", b"5", None, None]),
-        frames.insert(9, [b"2", b"s", b"6", b"a b", None]),
+        redrive(1, 5),
+        redrive(2, 6, b'{"topic": "a b"}'),
         frames.keepalive(5),
     ]
 )
@@ -541,7 +544,7 @@ def test_the_hot_loop_does_what_the_slow_path_does(
         driver.records = {number: Record("outbox.order", b"x", b"k", []) for number in (5, 6)}
         others = [
             frames.relation(8, "other", {"x": 23}),
-            frames.relation(9, "redrive_request", REQUEST, namespace="cdc_outbox"),
+            frames.relation(9, "request", REQUEST, namespace="cdc_outbox"),
         ]
         driver.feed([RELATION, *others])
         for number, rows in enumerate(transactions, start=1):

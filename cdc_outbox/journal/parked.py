@@ -1,7 +1,7 @@
-"""The table cdc_outbox.dead_letter as the relay writes it: events that no retry publishes, and what redrives led to.
+"""Parked events as the relay writes them, and what came of requests about them: cdc_outbox.parked and .outcome.
 
-Over the relay's own connection; it has no right to what operators write (sql/0004_dead_letters.sql). What operators ask
-is in `operations.dead_letters`.
+Over the relay's own connection; it has no right to what operators write (sql/0004_requests.sql). What operators ask is
+in `operations.dead_letters`.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ def put(connection: BoundedConnection, columns: Mapping[str, Any]) -> bool:
     the time that it takes.
     """
     statement = sql.SQL(
-        "INSERT INTO cdc_outbox.dead_letter ({}) VALUES ({})"
+        "INSERT INTO cdc_outbox.parked ({}) VALUES ({})"
         " ON CONFLICT (system_identifier, slot, commit_lsn, ordinal) DO NOTHING"
     ).format(
         sql.SQL(", ").join(map(sql.Identifier, columns)),
@@ -34,7 +34,7 @@ def put(connection: BoundedConnection, columns: Mapping[str, Any]) -> bool:
     )
     megabytes = len(columns["payload"] or b"") // 1_000_000
     patience = connection.allowing(seconds=5 + megabytes) if megabytes else nullcontext()
-    with translated("writing to cdc_outbox.dead_letter"), patience:
+    with translated("writing to cdc_outbox.parked"), patience:
         try:
             return connection.execute(statement, columns).rowcount == 1
         except psycopg.DataError:
@@ -47,10 +47,10 @@ def _escaped(value: Any) -> Any:
 
 
 def settled_since(connection: Connection, system_identifier: str, slot: str, lsn: LSN) -> list[Position]:
-    """Of dead letters that the slot may send once more."""
-    with translated("reading cdc_outbox.dead_letter"):
+    """Of those that the slot may send once more."""
+    with translated("reading cdc_outbox.parked"):
         rows = connection.execute(
-            "SELECT commit_lsn::text, ordinal FROM cdc_outbox.dead_letter"
+            "SELECT commit_lsn::text, ordinal FROM cdc_outbox.parked"
             " WHERE system_identifier = %s AND slot = %s AND commit_lsn >= %s::pg_lsn",
             [system_identifier, slot, str(lsn)],
         ).fetchall()
@@ -59,16 +59,16 @@ def settled_since(connection: Connection, system_identifier: str, slot: str, lsn
 
 def to_redrive(connection: Connection, dead_letter_id: int) -> Row | None:
     """What the relay needs to publish it again. Of its own table only: it has no right to that of the requests."""
-    with translated("reading cdc_outbox.dead_letter", granting(connection, "SELECT ON cdc_outbox.dead_letter")):
+    with translated("reading cdc_outbox.parked", granting(connection, "SELECT ON cdc_outbox.parked")):
         cursor = connection.cursor(row_factory=dict_row)
         return cursor.execute(
-            "SELECT state, topic, key, headers, payload FROM cdc_outbox.dead_letter WHERE id = %s", [dead_letter_id]
+            "SELECT state, topic, key, headers, payload FROM cdc_outbox.parked WHERE id = %s", [dead_letter_id]
         ).fetchone()
 
 
 def has_outcome(connection: Connection, request_id: int) -> bool:
-    with translated("reading cdc_outbox.redrive_outcome"):
-        query = "SELECT FROM cdc_outbox.redrive_outcome WHERE request_id = %s"
+    with translated("reading cdc_outbox.outcome"):
+        query = "SELECT FROM cdc_outbox.outcome WHERE request_id = %s"
         return connection.execute(query, [request_id]).rowcount == 1
 
 
@@ -82,7 +82,7 @@ def redriven(connection: Connection, requests: Mapping[int, int]) -> None:
     with translated("recording a redrive"), connection.transaction():
         _record(connection, requests, "redriven")
         connection.execute(
-            "UPDATE cdc_outbox.dead_letter SET state = 'redriven', note = NULL, state_changed_at = now(),"
+            "UPDATE cdc_outbox.parked SET state = 'redriven', note = NULL, state_changed_at = now(),"
             " state_changed_by = current_user WHERE id = ANY(%s)",
             [list(requests.values())],
         )
@@ -92,16 +92,15 @@ def refused_again(connection: Connection, request_id: int, dead_letter_id: int, 
     with translated("recording a refused redrive"), connection.transaction():
         _record(connection, {request_id: dead_letter_id}, "refused")
         connection.execute(
-            "UPDATE cdc_outbox.dead_letter SET attempts = attempts + 1, reason = %s, detail = %s,"
-            " state_changed_at = now(), state_changed_by = current_user WHERE id = %s AND state = 'open'",
+            "UPDATE cdc_outbox.parked SET attempts = attempts + 1, reason = %s, detail = %s,"
+            " state_changed_at = now(), state_changed_by = current_user WHERE id = %s AND state = 'dead'",
             [reason, detail, dead_letter_id],
         )
 
 
-def _record(connection: Connection, requests: Mapping[int, int], outcome: str) -> None:
+def _record(connection: Connection, requests: Mapping[int, int], result: str) -> None:
     connection.execute(
-        "INSERT INTO cdc_outbox.redrive_outcome (request_id, dead_letter_id, outcome)"
-        " SELECT request_id, dead_letter_id, %s FROM unnest(%s::bigint[], %s::bigint[]) AS of (request_id,"
-        " dead_letter_id) ON CONFLICT DO NOTHING",
-        [outcome, list(requests), list(requests.values())],
+        "INSERT INTO cdc_outbox.outcome (request_id, parked_id, result) SELECT request_id, parked_id, %s"
+        " FROM unnest(%s::bigint[], %s::bigint[]) AS of (request_id, parked_id) ON CONFLICT DO NOTHING",
+        [result, list(requests), list(requests.values())],
     )

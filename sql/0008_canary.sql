@@ -4,7 +4,7 @@
 --
 -- A canary is deleted in the transaction that writes it: it is in the log, and the table stays empty.
 --
--- Run as: the owner of schema cdc_outbox and of the publication. Safe to run again.
+-- Run as: the owner of schema cdc_outbox. Safe to run again.
 
 CREATE TABLE IF NOT EXISTS cdc_outbox.canary (
     id           uuid        PRIMARY KEY DEFAULT gen_random_uuid(),
@@ -16,13 +16,3 @@ CREATE TABLE IF NOT EXISTS cdc_outbox.canary (
 
 COMMENT ON TABLE cdc_outbox.canary IS 'A row that goes through the relay on purpose, to see that it arrives';
 COMMENT ON COLUMN cdc_outbox.canary.aggregate_id IS 'The slot it is meant for';
-
-DO $$
-BEGIN
-    IF EXISTS (SELECT FROM pg_publication WHERE pubname = 'cdc_outbox' AND NOT puballtables)
-       AND NOT EXISTS (SELECT FROM pg_publication_tables
-                        WHERE pubname = 'cdc_outbox' AND schemaname = 'cdc_outbox' AND tablename = 'canary')
-    THEN
-        ALTER PUBLICATION cdc_outbox ADD TABLE cdc_outbox.canary;
-    END IF;
-END $$;
