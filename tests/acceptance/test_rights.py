@@ -26,7 +26,7 @@ COMMANDS = (
     "topics list",
     "migrate status",
 )
-#: More than these nobody should need: the statements are in README.md, too.
+#: More than these nobody should need: the statements are in deploy/operating.md, too.
 MOST_GRANTS = 4
 
 
