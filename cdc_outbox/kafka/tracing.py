@@ -3,8 +3,9 @@
 While a refused event is looked for (`kafka.isolation`), each attempt to send one is a span.
 
 Off by default, and then this module is not even imported. It costs a multiple of what the relay does for an event
-(deploy/operating.md, "Watching it"); OTEL_TRACES_SAMPLER thins out the spans, not all of the cost. Where they go is OpenTelemetry's own
-configuration (OTEL_EXPORTER_OTLP_ENDPOINT, ...). The row's traceparent travels on as a header, untouched.
+(deploy/operating.md, "Watching it"); OTEL_TRACES_SAMPLER thins out the spans, not all of the cost. Where they go is
+OpenTelemetry's own configuration (OTEL_EXPORTER_OTLP_ENDPOINT, ...). The row's traceparent travels on as a header,
+untouched.
 Source: OpenTelemetry, "Semantic conventions for Kafka"; W3C, "Trace Context".
 """
 

@@ -96,7 +96,7 @@ _ADMIN_SHUTDOWN: Final = "57P01"
 MIGRATE_HINT: Final = "see that postgres.dsn names the right server and database, then run: cdc-outbox migrate up"
 #: By SQLSTATE, what is true of it whatever was being done. Who knows more gives hints of their own to `translated`.
 _NEEDS_OPERATOR: Final = {
-    "42501": "deploy/operating.md, 'Who may do what', has the rights that each command needs; or let an administrator run this",
+    "42501": "deploy/operating.md has the rights that each command needs; or let an administrator run this",
     "42704": "",
     "42P01": MIGRATE_HINT,
     "3F000": MIGRATE_HINT,
