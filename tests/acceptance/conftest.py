@@ -1,5 +1,4 @@
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +7,7 @@ import pytest
 from cdc_outbox.demo.relay import RelayProcess
 from cdc_outbox.inbox import schema as inbox_sql
 from support.applications import Application, Psycopg, Start
+from support.relays import end_all
 from support.world import World
 
 StartRelay = Callable[..., RelayProcess]
@@ -15,21 +15,26 @@ StartRelay = Callable[..., RelayProcess]
 
 @pytest.fixture
 def start_relay(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[StartRelay]:
-    """Starts a relay for the test's world, with settings on top; ends what the test leaves running."""
+    """Starts a relay for the test's world, with settings on top; ends what the test leaves running,
+    and sees how each has ended.
+    """
     (name,) = {"world", "old_and_new_world", "every_world"}.intersection(request.fixturenames)
     world: World = request.getfixturevalue(name)
-    with ExitStack() as stack:
+    started: list[RelayProcess] = []
 
-        def start(*, wait: bool = True, **settings: str) -> RelayProcess:
-            environment = {**world.environment, **settings}
-            if "CDC_OUTBOX_HTTP__LISTEN" not in settings:
-                del environment["CDC_OUTBOX_HTTP__LISTEN"]  # the process takes a free port
-            relay = stack.enter_context(RelayProcess(environment, tmp_path / "relay.log"))
-            if wait:
-                relay.wait_until_ready()
-            return relay
+    def start(*, wait: bool = True, **settings: str) -> RelayProcess:
+        environment = {**world.environment, **settings}
+        if "CDC_OUTBOX_HTTP__LISTEN" not in settings:
+            del environment["CDC_OUTBOX_HTTP__LISTEN"]  # the process takes a free port
+        relay = RelayProcess(environment, tmp_path / "relay.log")
+        relay.start()
+        started.append(relay)
+        if wait:
+            relay.wait_until_ready()
+        return relay
 
-        yield start
+    yield start
+    end_all(reversed(started), tmp_path / "relay.log")
 
 
 @pytest.fixture(params=["plain", "partitioned"])

@@ -10,9 +10,9 @@ import psycopg
 import pytest
 
 from acceptance.conftest import StartRelay
-from cdc_outbox.demo.relay import RelayProcess
 from support import command
 from support.observing import readyz
+from support.relays import CheckedRelay
 from support.waiting import wait_until
 from support.world import World, alter_topic, create_topic, headers_of, insert
 
@@ -344,7 +344,7 @@ def test_a_crash_neither_loses_nor_doubles_it(poisoned: World, tmp_path: Path, m
     good.append(world.insert(small(world)))
     timing = "BEFORE" if moment.startswith("before") else "AFTER"
     hold(world, f"{timing} INSERT ON cdc_outbox.parked")
-    with RelayProcess(relay_environment(world), tmp_path / "relay.log") as relay:
+    with CheckedRelay(relay_environment(world), tmp_path / "relay.log") as relay:
         wait_until_held(world)
         if moment == "after":
             world.db.execute("SELECT pg_advisory_unlock(7)")
@@ -352,7 +352,7 @@ def test_a_crash_neither_loses_nor_doubles_it(poisoned: World, tmp_path: Path, m
         relay.process.kill()
         relay.process.wait()
     world.db.execute("SELECT pg_advisory_unlock_all()")
-    with RelayProcess(relay_environment(world), tmp_path / "relay.log"):
+    with CheckedRelay(relay_environment(world), tmp_path / "relay.log"):
         world.wait_until_confirmed()
     assert [letter["event_id"] for letter in dead_letters(world)] == [bad]
     first_seen = list(dict.fromkeys(ids_of(world, small(world), 2)))
@@ -397,13 +397,13 @@ def test_what_was_put_away_is_not_published_besides(poisoned: World, tmp_path: P
     bad = world.insert(small(world), payload=too_large())
     good = world.insert(small(world))
     hold(world, "BEFORE INSERT OR UPDATE ON cdc_outbox.confirmation", when="EXISTS (SELECT FROM cdc_outbox.parked)")
-    with RelayProcess(relay_environment(world), tmp_path / "relay.log") as relay:
+    with CheckedRelay(relay_environment(world), tmp_path / "relay.log") as relay:
         wait_until_held(world)
         relay.process.kill()
         relay.process.wait()
     world.db.execute("SELECT pg_advisory_unlock_all()")
     alter_topic(world.bootstrap_servers, f"outbox.{small(world)}", "max.message.bytes", "1000000")
-    with RelayProcess(relay_environment(world), tmp_path / "relay.log"):
+    with CheckedRelay(relay_environment(world), tmp_path / "relay.log"):
         world.wait_until_confirmed()
     assert set(ids_of(world, small(world), 1)) == {good}
     assert [letter["event_id"] for letter in dead_letters(world)] == [bad]

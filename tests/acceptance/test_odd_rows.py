@@ -17,6 +17,7 @@ from acceptance.conftest import StartRelay
 from cdc_outbox.demo.relay import RelayProcess
 from cdc_outbox.wal.encodings import _CODECS
 from support import command
+from support.relays import CheckedRelay
 from support.waiting import wait_until
 from support.world import World, create_topic, headers_of, make_world
 
@@ -52,7 +53,7 @@ def relay(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[RelayProce
 
 def run(world: World, folder: Path) -> RelayProcess:
     environment = {name: value for name, value in world.environment.items() if name != "CDC_OUTBOX_HTTP__LISTEN"}
-    return RelayProcess(environment, folder / "relay.log")
+    return CheckedRelay(environment, folder / "relay.log")
 
 
 def dead_letters(world: World) -> list[dict[str, Any]]:

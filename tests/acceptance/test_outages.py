@@ -15,6 +15,7 @@ from cdc_outbox.demo.relay import RelayProcess
 from cdc_outbox.demo.stack import running, server_folder
 from support import command
 from support.observing import readyz, readyz_state
+from support.relays import CheckedRelay
 from support.waiting import wait_until
 from support.world import World, create_topic, headers_of, read_topic
 
@@ -146,7 +147,7 @@ def test_postgresql_stops_fast_while_the_broker_is_down(tmp_path: Path, jars: li
                 "CDC_OUTBOX_SERVICE__SHUTDOWN_TIMEOUT_SECONDS": "3",
             }
             assert command.run(settings, "migrate", "up").exit_code == 0
-            with RelayProcess(settings, tmp_path / "relay.log") as relay:
+            with CheckedRelay(settings, tmp_path / "relay.log") as relay:
                 relay.wait_until_ready()
                 wait_until(lambda: relay.metric("cdc_outbox_slot_lag_bytes") == 0, "the monitor has looked")
                 kafka.kill()

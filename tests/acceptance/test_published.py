@@ -12,6 +12,7 @@ import pytest
 
 from cdc_outbox.demo.relay import RelayProcess
 from support import command
+from support.relays import CheckedRelay
 from support.waiting import wait_until
 from support.world import World, headers_of, read_topic
 
@@ -90,7 +91,7 @@ def relay_of(ledger: Ledger, tmp_path_factory: pytest.TempPathFactory) -> RunRel
     def run() -> Iterator[RelayProcess]:
         world = ledger.world
         settings = {key: value for key, value in world.environment.items() if key != "CDC_OUTBOX_HTTP__LISTEN"}
-        with RelayProcess(settings, tmp_path_factory.mktemp("relay") / "relay.log") as relay:
+        with CheckedRelay(settings, tmp_path_factory.mktemp("relay") / "relay.log") as relay:
             relay.wait_until_ready()
             yield relay
 

@@ -14,6 +14,7 @@ import pytest
 
 from cdc_outbox.demo.relay import RelayProcess
 from support import command
+from support.relays import CheckedRelay
 from support.waiting import wait_until
 from support.wire import listening
 from support.world import World
@@ -28,7 +29,7 @@ ALLOWED = re.compile(
 @contextmanager
 def relay(world: World, tmp_path: Path) -> Iterator[RelayProcess]:
     settings = {key: value for key, value in world.environment.items() if key != "CDC_OUTBOX_HTTP__LISTEN"}
-    with RelayProcess(settings, tmp_path / "relay.log") as process:
+    with CheckedRelay(settings, tmp_path / "relay.log") as process:
         yield process
 
 

@@ -12,9 +12,9 @@ import yaml
 
 from cdc_outbox.config import load_config
 from cdc_outbox.demo.ports import free_port
-from cdc_outbox.demo.relay import RelayProcess
 from support import command
 from support.kubelet import injected
+from support.relays import CheckedRelay
 from support.world import World, read_topic
 
 ROOT = Path(__file__).parents[2]
@@ -108,7 +108,7 @@ def test_the_pods_commands_work_with_what_a_kubelet_gives_them(world: World, tmp
         done = command.run(settings, *job)
         assert done.exit_code == 0, done
     assert arguments["Deployment", "relay"] == ["run"]
-    relay = RelayProcess({**settings, "CDC_OUTBOX_HTTP__LISTEN": f"0.0.0.0:{free_port()}"}, tmp_path / "log")
+    relay = CheckedRelay({**settings, "CDC_OUTBOX_HTTP__LISTEN": f"0.0.0.0:{free_port()}"}, tmp_path / "log")
     relay.address = f"127.0.0.1:{relay._environment['CDC_OUTBOX_HTTP__LISTEN'].partition(':')[2]}"
     with relay:
         relay.wait_until_ready()

@@ -13,10 +13,10 @@ import pytest
 from confluent_kafka import Producer
 from psycopg import conninfo
 
-from cdc_outbox.demo.relay import RelayProcess
 from cdc_outbox.inbox import schema as inbox_schema
 from support import command
 from support.applications import url
+from support.relays import CheckedRelay
 from support.waiting import wait_until
 from support.world import World, create_topic, headers_of, read_topic
 
@@ -33,7 +33,7 @@ def shop(world: World, tmp_path: Path) -> Iterator[World]:
     world.db.execute(inbox_schema.sql().encode())
     create_topic(world.bootstrap_servers, topic(world))
     settings = {"CDC_OUTBOX_HTTP__LISTEN": "127.0.0.1:0", "CDC_OUTBOX_KAFKA__TOPIC": f"{world.name}.{{aggregate_type}}"}
-    with RelayProcess({**world.environment, **settings}, tmp_path / "relay.log"):
+    with CheckedRelay({**world.environment, **settings}, tmp_path / "relay.log"):
         yield world
 
 

@@ -23,6 +23,7 @@ from fault.observer import Observer
 from fault.reader import read_to_the_end
 from fault.servers import Servers
 from fault.writer import Event, Writer
+from support.relays import end_all
 from support.waiting import wait_until
 from support.world import World, create_topic, make_world
 
@@ -292,13 +293,15 @@ class Stage:
 
     def clean_up(self) -> None:
         """Whatever happened: nothing runs on, nothing stays broken."""
-        for relay in list(self.relays):
-            if not relay.ended:
-                os.kill(relay.process.pid, signal.SIGCONT)
-            relay.__exit__(None, None, None)
-        if self.writer:
-            self.writer.stop()
-        self.observer.stop()
+        try:
+            for relay in self.relays:
+                if not relay.ended:
+                    os.kill(relay.process.pid, signal.SIGCONT)
+            end_all(self.relays, self.folder / "relay.log")
+        finally:
+            if self.writer:
+                self.writer.stop()
+            self.observer.stop()
 
 
 def _first_texts(insert: bytes, count: int) -> list[str]:

@@ -17,7 +17,6 @@ import pytest
 from psycopg import conninfo
 
 from cdc_outbox.demo.postgres import EmbeddedPostgres
-from cdc_outbox.demo.relay import RelayProcess
 from cdc_outbox.demo.stack import running, server_folder
 from cdc_outbox.wal.lsn import LSN
 from fault.checker import Evidence, judge
@@ -25,6 +24,7 @@ from fault.reader import read_to_the_end
 from fault.stage import Incident, Outcome, reconnected
 from fault.writer import Writer
 from support import command
+from support.relays import CheckedRelay
 from support.waiting import wait_until
 from support.world import World, make_world
 
@@ -105,7 +105,7 @@ def test_the_relay_follows_to_the_standby(
     assert command.run(world.environment, "migrate", "up", "--failover").exit_code == 0
     types = [world.create_topic("order"), world.create_topic("customer")]
     environment = {key: value for key, value in world.environment.items() if not key.endswith("LISTEN")}
-    with RelayProcess(environment, tmp_path / "relay.log") as relay:
+    with CheckedRelay(environment, tmp_path / "relay.log") as relay:
         relay.wait_until_ready()
         writer = Writer(world.dsn, types, seed=70, events_per_second=300)
         writer.start()
@@ -140,7 +140,7 @@ def test_a_dead_letter_that_the_standby_lacks_is_not_confirmed(
         connection.execute("SELECT pg_reload_conf()")
     assert command.run(world.environment, "migrate", "up", "--failover").exit_code == 0
     environment = {key: value for key, value in world.environment.items() if not key.endswith("LISTEN")}
-    with RelayProcess(environment, tmp_path / "relay.log") as relay:
+    with CheckedRelay(environment, tmp_path / "relay.log") as relay:
         relay.wait_until_ready()
         wait_until(lambda: slot_is_synced(standby, world.slot), "the standby has the slot", timeout_seconds=60)
         with ExitStack() as cut_off:

@@ -11,11 +11,11 @@ import psycopg
 import pytest
 
 from cdc_outbox.demo.ledger import Ledger, Verdict
-from cdc_outbox.demo.relay import RelayProcess
 from cdc_outbox.inbox import schema as inbox_sql
 from cdc_outbox.inbox.psycopg import Inbox, Message
 from cdc_outbox.outbox.psycopg import Event, Outbox
 from fault.inbox_consumer import BUGS, Settings
+from support.relays import CheckedRelay
 from support.world import World
 
 EVENTS, AGGREGATES = 2000, 40
@@ -78,7 +78,7 @@ def scenario(request: pytest.FixtureRequest, world: World, tmp_path: Path) -> Sc
         " (place bigint GENERATED ALWAYS AS IDENTITY, consumer text, aggregate_id text, event_id text)"
     )
     kind, ledger, outbox = world.create_topic(), Ledger(), Outbox()
-    with RelayProcess({**world.environment, "CDC_OUTBOX_HTTP__LISTEN": "127.0.0.1:0"}, tmp_path / "relay.log"):
+    with CheckedRelay({**world.environment, "CDC_OUTBOX_HTTP__LISTEN": "127.0.0.1:0"}, tmp_path / "relay.log"):
         with psycopg.connect(world.dsn) as connection:
             for number in range(EVENTS):
                 aggregate = f"a-{number % AGGREGATES}"
