@@ -12,25 +12,23 @@ CREATE TABLE IF NOT EXISTS cdc_outbox.request (
     id        bigint      GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
     slot      text        NOT NULL,
     kind      text        NOT NULL CHECK (kind IN ('redrive')),
-    parked_id bigint,
-    body      jsonb       NOT NULL DEFAULT '{}' CHECK (jsonb_typeof(body) = 'object'),
+    parked_id bigint      NOT NULL,
+    topic     text,
+    key       text,
     principal text        NOT NULL DEFAULT current_user,
-    at        timestamptz NOT NULL DEFAULT now(),
-    CHECK (kind <> 'redrive' OR parked_id IS NOT NULL
-           AND jsonb_typeof(coalesce(body -> 'topic', 'null')) IN ('string', 'null')
-           AND jsonb_typeof(coalesce(body -> 'key', 'null')) IN ('string', 'null'))
+    at        timestamptz NOT NULL DEFAULT now()
 );
 
 COMMENT ON TABLE cdc_outbox.request IS 'Asks the relay of slot for something; each row is carried out once';
 COMMENT ON COLUMN cdc_outbox.request.parked_id IS 'The parked event that it is about';
-COMMENT ON COLUMN cdc_outbox.request.body IS 'Of a redrive: topic and key, in place of the event''s own';
+COMMENT ON COLUMN cdc_outbox.request.topic IS 'Of a redrive: in place of the event''s own; so is key';
 COMMENT ON COLUMN cdc_outbox.request.principal IS 'Who asks';
 
 CREATE INDEX IF NOT EXISTS request_about ON cdc_outbox.request (parked_id);
 
 CREATE TABLE IF NOT EXISTS cdc_outbox.outcome (
     request_id bigint      PRIMARY KEY,
-    parked_id  bigint,
+    parked_id  bigint      NOT NULL,
     result     text        NOT NULL CHECK (result IN ('redriven', 'refused', 'passed over')),
     at         timestamptz NOT NULL DEFAULT now()
 );

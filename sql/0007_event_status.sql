@@ -11,7 +11,8 @@
 -- the outbox (ALTER COLUMN, RENAME, DROP). The planner puts that text in the function's place: an index on the outbox's
 -- id serves the view, too. After such a change `cdc-outbox migrate up` makes the view again; until then it may fail.
 --
--- Who reads it needs SELECT on the outbox's three columns, xmin and tableoid; roles.sql gives that to cdc_outbox_reader.
+-- It reads as who asks, so row security of the outbox applies. What that takes, beside SELECT on the view, roles.sql gives
+-- to cdc_outbox_reader: GRANT cdc_outbox_reader TO whoever is to read it. Names are qualified: the path is the reader's.
 --
 -- Run as: the owner of schema cdc_outbox. Safe to run again.
 
@@ -39,13 +40,13 @@ LANGUAGE sql STABLE SET search_path = pg_catalog AS $$
             ON of_aggregate.attrelid = outbox.outbox AND of_aggregate.attname = outbox.aggregate_id
           JOIN pg_attribute AS of_type ON of_type.attrelid = outbox.outbox AND of_type.attname = outbox.event_type),
     shown AS (
-        SELECT slot, outbox, id, aggregate_id, event_type,
+        SELECT slot, outbox, id, aggregate_id, event_type, are_several,
                CASE WHEN are_several THEN 'text' ELSE type_of_id END AS type_of_id,
                CASE WHEN are_several THEN 'text' ELSE type_of_aggregate END AS type_of_aggregate,
                CASE WHEN are_several THEN 'text' ELSE type_of_type END AS type_of_type
           FROM entered)
-    SELECT string_agg(format($rows$
-        SELECT event.%2$I::%6$s AS outbox_id, event.%3$I::%7$s AS aggregate_id, event.%4$I::%8$s AS event_type,
+    SELECT format('-- %s, %s, %s', min(type_of_id), min(type_of_aggregate), min(type_of_type)) || string_agg(format($rows$
+        SELECT event.%2$I%6$s AS outbox_id, event.%3$I%6$s AS aggregate_id, event.%4$I%6$s AS event_type,
                stands.state = 'published' AS published,
                coalesce(letter.attempts, 0) + (stands.state = 'published')::int AS publish_attempts,
                CASE WHEN stands.state = 'published'
@@ -55,30 +56,30 @@ LANGUAGE sql STABLE SET search_path = pg_catalog AS $$
           FROM %1$s AS event
           -- the first note in which the row's transaction had ended; where updates count, the first that was sure of it
           LEFT JOIN LATERAL (SELECT coverage, settled_at FROM cdc_outbox.settled
-                              WHERE slot = %5$L AND pg_snapshot_xmin(snapshot) > cdc_outbox.full_xid(event.xmin)
-                                AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
-                              ORDER BY pg_snapshot_xmin(snapshot), settled_at LIMIT 1) AS first ON true
+                              WHERE slot = %5$L AND pg_catalog.pg_snapshot_xmin(snapshot) > cdc_outbox.full_xid(event.xmin)
+                                AND system_identifier = (SELECT system_identifier::text FROM pg_catalog.pg_control_system())
+                              ORDER BY pg_catalog.pg_snapshot_xmin(snapshot), settled_at LIMIT 1) AS first ON true
           LEFT JOIN LATERAL (SELECT first.settled_at FROM cdc_outbox.coverage
                               WHERE id = first.coverage AND heap = event.tableoid AND complete
-                                AND cdc_outbox.full_xid(event.xmin) >= pg_snapshot_xmax(since)) AS by_first ON true
+                                AND cdc_outbox.full_xid(event.xmin) >= pg_catalog.pg_snapshot_xmax(since)) AS by_first ON true
           LEFT JOIN LATERAL (SELECT coverage, settled_at FROM cdc_outbox.settled
-                              WHERE slot = %5$L AND pg_snapshot_xmin(earlier) > cdc_outbox.full_xid(event.xmin)
-                                AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
+                              WHERE slot = %5$L AND pg_catalog.pg_snapshot_xmin(earlier) > cdc_outbox.full_xid(event.xmin)
+                                AND system_identifier = (SELECT system_identifier::text FROM pg_catalog.pg_control_system())
                                 AND by_first.settled_at IS NULL
-                              ORDER BY pg_snapshot_xmin(earlier), settled_at LIMIT 1) AS later ON true
+                              ORDER BY pg_catalog.pg_snapshot_xmin(earlier), settled_at LIMIT 1) AS later ON true
           LEFT JOIN LATERAL (SELECT later.settled_at FROM cdc_outbox.coverage
                               WHERE id = later.coverage AND heap = event.tableoid
-                                AND (complete OR file = pg_relation_filenode(event.tableoid))
-                                AND cdc_outbox.full_xid(event.xmin) >= pg_snapshot_xmax(since)) AS by_later ON true
+                                AND (complete OR file = pg_catalog.pg_relation_filenode(event.tableoid))
+                                AND cdc_outbox.full_xid(event.xmin) >= pg_catalog.pg_snapshot_xmax(since)) AS by_later ON true
           LEFT JOIN cdc_outbox.coverage AS latest
-            ON latest.heap = event.tableoid AND cdc_outbox.full_xid(event.xmin) >= pg_snapshot_xmax(latest.since)
-           AND cdc_outbox.full_xid(event.xmin) < pg_snapshot_xmax(pg_current_snapshot())
+            ON latest.heap = event.tableoid AND cdc_outbox.full_xid(event.xmin) >= pg_catalog.pg_snapshot_xmax(latest.since)
+           AND cdc_outbox.full_xid(event.xmin) < pg_catalog.pg_snapshot_xmax(pg_catalog.pg_current_snapshot())
            AND latest.id = (SELECT coverage FROM cdc_outbox.settled
                              WHERE slot = %5$L
-                               AND system_identifier = (SELECT system_identifier::text FROM pg_control_system())
-                             ORDER BY pg_snapshot_xmax(snapshot) DESC, id DESC LIMIT 1)
+                               AND system_identifier = (SELECT system_identifier::text FROM pg_catalog.pg_control_system())
+                             ORDER BY pg_catalog.pg_snapshot_xmax(snapshot) DESC, id DESC LIMIT 1)
           LEFT JOIN LATERAL (SELECT state, attempts, state_changed_at FROM cdc_outbox.parked
-                              WHERE event_id = format('%%s', event.%2$I) AND slot = %5$L
+                              WHERE event_id = pg_catalog.format('%%s', event.%2$I) AND slot = %5$L
                               ORDER BY id DESC LIMIT 1) AS letter
             ON true
          CROSS JOIN LATERAL (
@@ -88,7 +89,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog AS $$
                            WHEN by_first.settled_at IS NOT NULL OR by_later.settled_at IS NOT NULL THEN 'published'
                            WHEN latest.since IS NOT NULL THEN 'pending'
                            ELSE 'unknown' END AS state) AS stands
-        $rows$, outbox, id, aggregate_id, event_type, slot, type_of_id, type_of_aggregate, type_of_type),
+        $rows$, outbox, id, aggregate_id, event_type, slot, CASE WHEN are_several THEN '::text' ELSE '' END),
                       ' UNION ALL ' ORDER BY slot),
            format('outbox_id %s, aggregate_id %s, event_type %s, published boolean, publish_attempts integer, '
                   'processed_at timestamptz, slot text, state text',
@@ -99,17 +100,24 @@ $$;
 CREATE OR REPLACE PROCEDURE cdc_outbox.make_event_status()
 LANGUAGE plpgsql AS $$
 DECLARE
-    now record := cdc_outbox.event_status_now();
+    now  record := cdc_outbox.event_status_now();
+    make text := format('CREATE OR REPLACE FUNCTION cdc_outbox.event_status_rows() RETURNS TABLE (%s) '
+                        'LANGUAGE sql STABLE PARALLEL SAFE AS %L', now.columns, now.body);
 BEGIN
-    DROP VIEW IF EXISTS cdc_outbox.event_status;
-    DROP FUNCTION IF EXISTS cdc_outbox.event_status_rows();
     IF now.body IS NULL THEN
+        DROP VIEW IF EXISTS cdc_outbox.event_status;
+        DROP FUNCTION IF EXISTS cdc_outbox.event_status_rows();
         RETURN;
     END IF;
-    EXECUTE format('CREATE FUNCTION cdc_outbox.event_status_rows() RETURNS TABLE (%s) LANGUAGE sql STABLE AS %L',
-                   now.columns, now.body);
+    BEGIN
+        EXECUTE make;  -- rights to the view stay
+    EXCEPTION WHEN invalid_function_definition THEN  -- a column is of another type
+        DROP VIEW IF EXISTS cdc_outbox.event_status;
+        DROP FUNCTION cdc_outbox.event_status_rows();
+        EXECUTE make;
+    END;
     COMMENT ON FUNCTION cdc_outbox.event_status_rows() IS 'What event_status shows';
-    CREATE VIEW cdc_outbox.event_status AS SELECT * FROM cdc_outbox.event_status_rows();
+    CREATE OR REPLACE VIEW cdc_outbox.event_status AS SELECT * FROM cdc_outbox.event_status_rows();
     COMMENT ON VIEW cdc_outbox.event_status IS
         'What became of each row: pending (will come), published, unknown (cannot be told), dead, discarded';
 END $$;

@@ -10,9 +10,17 @@
 -- Run as: the owner of these tables, with CREATE on this database. Safe to run again.
 
 DO $$
+DECLARE
+    missing text;
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_publication WHERE pubname = 'cdc_outbox') THEN
         CREATE PUBLICATION cdc_outbox FOR TABLE public.outbox, cdc_outbox.request, cdc_outbox.canary
             WITH (publish = 'insert', publish_via_partition_root);
+        RETURN;
     END IF;
+    FOREACH missing IN ARRAY ARRAY['request', 'canary'] LOOP
+        CONTINUE WHEN EXISTS (SELECT FROM pg_publication_tables
+                               WHERE pubname = 'cdc_outbox' AND schemaname = 'cdc_outbox' AND tablename = missing);
+        EXECUTE format('ALTER PUBLICATION cdc_outbox ADD TABLE cdc_outbox.%I', missing);
+    END LOOP;
 END $$;

@@ -69,17 +69,32 @@ BEGIN
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_reader') THEN
         GRANT SELECT ON cdc_outbox.schema_migration, cdc_outbox.confirmation, cdc_outbox.settled, cdc_outbox.coverage,
                         cdc_outbox.outbox, cdc_outbox.outcome, cdc_outbox.canary TO cdc_outbox_reader;
-        -- its body may name a key in place of the event's
-        GRANT SELECT (id, slot, kind, parked_id, principal, at) ON cdc_outbox.request TO cdc_outbox_reader;
+        -- it may name a key in place of the event's
+        GRANT SELECT (id, slot, kind, parked_id, topic, principal, at) ON cdc_outbox.request TO cdc_outbox_reader;
         GRANT SELECT (id, system_identifier, slot, commit_lsn, ordinal, committed_at, event_id, aggregate_type,
                       aggregate_id, event_type, topic, reason, detail, attempts, created_at, state, state_changed_at,
                       state_changed_by, note)
             ON cdc_outbox.parked TO cdc_outbox_reader;
         IF to_regclass('cdc_outbox.event_status') IS NOT NULL THEN
             GRANT SELECT ON cdc_outbox.event_status TO cdc_outbox_reader;
+            GRANT EXECUTE ON FUNCTION cdc_outbox.event_status_rows(), cdc_outbox.full_xid(xid) TO cdc_outbox_reader;
         END IF;
-        -- what event_status reads of each outbox
-        FOR entered IN SELECT outbox, id, aggregate_id, event_type, relnamespace::regnamespace AS space
+        -- what event_status reads of each outbox, and of none that is no longer entered
+        FOR entered IN SELECT outbox FROM (
+                           SELECT oid::regclass, relacl FROM pg_class WHERE relnamespace <> 'cdc_outbox'::regnamespace
+                            UNION ALL
+                           SELECT attrelid::regclass, attacl FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
+                            WHERE relnamespace <> 'cdc_outbox'::regnamespace) AS held (outbox, acl)
+                        WHERE EXISTS (SELECT FROM aclexplode(acl) JOIN pg_roles ON pg_roles.oid = grantee
+                                       WHERE rolname = 'cdc_outbox_reader')
+        LOOP
+            BEGIN
+                EXECUTE format('REVOKE ALL ON %s FROM cdc_outbox_reader', entered.outbox);
+            EXCEPTION WHEN insufficient_privilege THEN
+                NULL;  -- its owner's to take back
+            END;
+        END LOOP;
+        FOR entered IN SELECT outbox, id, aggregate_id, event_type, relnamespace::regnamespace AS space, relrowsecurity
                          FROM cdc_outbox.outbox JOIN pg_class ON pg_class.oid = outbox.outbox
         LOOP
             BEGIN
@@ -88,6 +103,11 @@ BEGIN
                 END IF;
                 EXECUTE format('GRANT SELECT (%I, %I, %I, xmin, tableoid) ON %s TO cdc_outbox_reader',
                                entered.id, entered.aggregate_id, entered.event_type, entered.outbox);
+                IF entered.relrowsecurity THEN
+                    RAISE WARNING 'row security may hide rows of % from who reads cdc_outbox.event_status', entered.outbox
+                        USING HINT = format('CREATE POLICY ... ON %s FOR SELECT TO cdc_outbox_reader USING (true)',
+                                            entered.outbox);
+                END IF;
             EXCEPTION
                 WHEN insufficient_privilege THEN
                     RAISE WARNING 'cdc_outbox_reader may not read what event_status shows of %', entered.outbox

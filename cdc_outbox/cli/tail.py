@@ -1,4 +1,4 @@
-"""`cdc-outbox tail`: events as they commit. The relay's own pipeline, with a publisher that prints."""
+"""`cdc-outbox tail`: events as they commit. The relay's own pipeline, with a delivery that prints."""
 
 import os
 from collections.abc import Callable
@@ -75,7 +75,7 @@ class _NeverRaised(Exception):
 
 
 class _Printer:
-    """Stands where Kafka's publisher stands; an event is delivered when it is printed."""
+    """Stands where Kafka's delivery stands; an event is delivered when it is printed."""
 
     refusal: type[Exception] = _NeverRaised
     unreachable: str | None = None

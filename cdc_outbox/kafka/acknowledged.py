@@ -226,7 +226,7 @@ class AcknowledgedDelivery:
 
 
 def _closed(*_: Any) -> None:
-    raise BrokenInvariant("an event for a publisher that is closed")
+    raise BrokenInvariant("an event for a delivery that is closed")
 
 
 def _refuse_broken_promises(settings: ProducerSettings) -> None:

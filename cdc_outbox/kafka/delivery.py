@@ -25,7 +25,10 @@ class Delivery(Publisher, Protocol):
         ...
 
     def close_batch(self, batch: Batch) -> None:
-        """All events of ``batch`` are published. It is settled as soon as nothing is outstanding in it."""
+        """All transactions up to ``batch.end_lsn`` are published. It is settled when nothing is outstanding in it.
+
+        At a session's end in trouble it may hold the head of one more transaction, which is sent again.
+        """
         ...
 
     def poll(self, timeout_seconds: float) -> None:

@@ -36,9 +36,9 @@ class Topics:
     No delivery report is served meanwhile.
     """
 
-    def __init__(self, publisher: AcknowledgedDelivery, *, create: bool, ever_seen: set[str] | None = None) -> None:
+    def __init__(self, delivery: AcknowledgedDelivery, *, create: bool, ever_seen: set[str] | None = None) -> None:
         """``ever_seen`` outlives this: topics that have been there at some time, to which this adds."""
-        self._publisher = publisher
+        self._delivery = delivery
         self._create = create
         self._known: set[str] = set()
         self._ever_seen = set() if ever_seen is None else ever_seen
@@ -49,7 +49,7 @@ class Topics:
 
     def connect(self) -> None:
         """Learn the topics that are there. Raises BrokerUnavailable, OperatorNeeded."""
-        self._see(self._publisher.connect(REQUEST_SECONDS))
+        self._see(self._delivery.connect(REQUEST_SECONDS))
 
     def require(self, topic: str, *, create: bool = False) -> None:
         """See that ``topic`` is there, after creating it if that is asked for, here or by the configuration.
@@ -59,7 +59,7 @@ class Topics:
         if topic in self._known:
             return
         if create or self._create:
-            create_topic(self._publisher, topic)
+            create_topic(self._delivery, topic)
             if not self._appears(topic, _CREATED_SECONDS):
                 raise BrokerUnavailable(f"topic {topic} was created, and the brokers do not know it yet")
         elif not self._appears(topic, self._patience()):
@@ -104,7 +104,7 @@ class Topics:
 
     def _exists(self, topic: str) -> bool:
         try:
-            error = self._publisher.producer.list_topics(topic, timeout=REQUEST_SECONDS).topics[topic].error
+            error = self._delivery.producer.list_topics(topic, timeout=REQUEST_SECONDS).topics[topic].error
         except KafkaException as refused:
             raise BrokerUnavailable(f"no broker answers about topic {topic}: {refused.args[0].str()}") from refused
         if error is None or verdict_on(error) is Verdict.PASSING:  # a leader is being elected
@@ -115,10 +115,10 @@ class Topics:
 
 
 def create_topic(
-    publisher: AcknowledgedDelivery, topic: str, *, partitions: int | None = None, replication_factor: int | None = None
+    delivery: AcknowledgedDelivery, topic: str, *, partitions: int | None = None, replication_factor: int | None = None
 ) -> None:
     """Unless it is there. None: the broker's own default. Raises TopicRefused, PoisonEvent, BrokerUnavailable."""
-    admin = AdminClient(publisher.client_settings)
+    admin = AdminClient(delivery.client_settings)
     wanted = NewTopic(topic, partitions or -1, replication_factor or -1)
     created = admin.create_topics([wanted], request_timeout=REQUEST_SECONDS)[topic]
     try:

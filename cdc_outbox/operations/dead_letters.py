@@ -1,11 +1,10 @@
 """Dead letters, as an operator sees them and decides about them.
 
-Over any connection that has the rights (sql/0003_parked.sql). A dead letter is *open* until it is *redriven* or
-*discarded*. An open one that somebody wants to be redriven, without an outcome yet, is shown as *redriving*; it can be
-asked for again all the same: a request may be lost with its slot.
+Over any connection that has the rights (sql/0003_parked.sql). A dead letter is *open* (state dead) until it is
+*redriven* or *discarded*. An open one that somebody wants to be redriven, without an outcome yet, is shown as
+*redriving*; it can be asked for again all the same: a request may be lost with its slot.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -96,10 +95,13 @@ def request_redrive(
     for name, given in (("topic", topic), ("key", key)):
         if letter[name] is None and given is None:
             raise ConfigurationError(f"dead letter {dead_letter_id} has no {name}", hint=f"give one with --{name}")
-    with translated("asking for a redrive", granting(connection, READER, _READ_EVENTS, "INSERT ON cdc_outbox.request")):
+    with translated(
+        "asking for a redrive",
+        granting(connection, READER, _READ_EVENTS, "INSERT (slot, kind, parked_id, topic, key) ON cdc_outbox.request"),
+    ):
         connection.execute(
-            "INSERT INTO cdc_outbox.request (slot, kind, parked_id, body) VALUES (%s, 'redrive', %s, %s)",
-            [slot, dead_letter_id, json.dumps({"topic": topic, "key": key})],
+            "INSERT INTO cdc_outbox.request (slot, kind, parked_id, topic, key) VALUES (%s, 'redrive', %s, %s, %s)",
+            [slot, dead_letter_id, topic, key],
         )
 
 

@@ -31,14 +31,14 @@ def run_checks(config: Config) -> Findings:
     """Raises ConfigurationError for settings that cannot be tried at all."""
     topic = TopicTemplate(config.kafka.topic, config.kafka.topic_pattern)
     dsn = config.postgres.dsn.get_secret_value()
-    publisher = AcknowledgedDelivery(
+    delivery = AcknowledgedDelivery(
         config.kafka.require_bootstrap_servers(), config.kafka.producer, max_in_flight=config.relay.max_in_flight
     )
     failed = False
-    with closing(publisher):
+    with closing(delivery):
         findings_of_both = (
             _postgres_findings(config, dsn, topic),
-            broker_findings(publisher, topic.allows, create=config.kafka.create_topics),
+            broker_findings(delivery, topic.allows, create=config.kafka.create_topics),
         )
         for finding in chain.from_iterable(findings_of_both):
             failed |= finding.state == "failed"
@@ -46,7 +46,7 @@ def run_checks(config: Config) -> Findings:
         if failed:
             yield Finding("round trip", "warning", "not tried", "fix what failed, and run this again")
         else:
-            yield make_round_trip(config, publisher)
+            yield make_round_trip(config, delivery)
 
 
 def _postgres_findings(config: Config, dsn: str, topic: TopicTemplate) -> Findings:

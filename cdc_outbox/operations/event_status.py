@@ -8,17 +8,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Final
 
-import psycopg
 from psycopg import sql
 
 from cdc_outbox.config import ColumnsConfig
 from cdc_outbox.postgres.catalog import Table
-from cdc_outbox.postgres.connection import READER, Connection, encoding_of, granting, translated
+from cdc_outbox.postgres.connection import MIGRATE_HINT, READER, Connection, encoding_of, granting, translated
 
 #: More rows than this nobody reads; the count says how many there are.
 _MOST_STUCK_SHOWN: Final = 100
 #: Text that may be none, see `encodings`.
 _AS_STORED: Final = sql.SQL("convert_to(event.{}::text, getdatabaseencoding()::name)")
+#: The outbox is not what it was when the view was made.
+_VIEW_HINTS: Final = dict.fromkeys(("42P01", "42703", "42P13", "42804"), MIGRATE_HINT)
 #: date, timestamp, timestamptz (pg_type.dat): of another type, created_at may count anything from anywhere
 _TIMES: Final = frozenset({1082, 1114, 1184})
 
@@ -90,7 +91,7 @@ def stuck_rows(
                    AND cdc_outbox.full_xid(event.xmin) >= latest.before
                    AND cdc_outbox.full_xid(event.xmin) >= pg_snapshot_xmax(covered.since)
                    AND NOT EXISTS (SELECT FROM cdc_outbox.parked
-                                    WHERE event_id = format('%s', event.{id}) AND slot = {slot})
+                                    WHERE event_id = pg_catalog.format('%s', event.{id}) AND slot = {slot})
                  ORDER BY {committed} NULLS FIRST
                  LIMIT {most}
                 """
@@ -115,12 +116,10 @@ def stuck_rows(
 
 def count_unknown(connection: Connection, slot: str) -> int | None:
     """Rows of which it cannot be told whether they were published; None if there is no view that would know."""
-    rights = granting(connection, READER)
-    with translated("reading cdc_outbox.event_status", rights):
-        try:
-            row = connection.execute(
-                "SELECT count(*) FROM cdc_outbox.event_status WHERE slot = %s AND state = 'unknown'", [slot]
-            ).fetchone()
-        except (psycopg.errors.UndefinedTable, psycopg.errors.UndefinedColumn):
+    with translated("reading cdc_outbox.event_status", {**_VIEW_HINTS, **granting(connection, READER)}):
+        if connection.execute("SELECT to_regclass('cdc_outbox.event_status')").fetchone() == (None,):
             return None
+        row = connection.execute(
+            "SELECT count(*) FROM cdc_outbox.event_status WHERE slot = %s AND state = 'unknown'", [slot]
+        ).fetchone()
     return row[0] if row else None

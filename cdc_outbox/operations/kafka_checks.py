@@ -21,12 +21,12 @@ _SAFE_REPLICAS: Final = 2
 _NAMED: Final = 3
 
 
-def broker_findings(publisher: AcknowledgedDelivery, fits: Callable[[str], bool], *, create: bool) -> Findings:
+def broker_findings(delivery: AcknowledgedDelivery, fits: Callable[[str], bool], *, create: bool) -> Findings:
     """``fits`` says which topics are the relay's; ``create``, whether it makes those that are missing."""
     topics: list[str] = []
 
     def reachable() -> str:
-        names = publisher.connect(_REQUEST_SECONDS)
+        names = delivery.connect(_REQUEST_SECONDS)
         topics.extend(sorted(name for name in names if not name.startswith("__") and fits(name)))
         return "answers, and takes our credentials"
 
@@ -38,10 +38,10 @@ def broker_findings(publisher: AcknowledgedDelivery, fits: Callable[[str], bool]
         found = "none there yet that fits kafka.topic"
         yield Finding("topics", "ok", found) if create else Finding("topics", "warning", found, MISSING_TOPIC_HINT)
         return
-    admin = AdminClient(publisher.client_settings)
+    admin = AdminClient(delivery.client_settings)
     try:
         yield from _topic_findings(admin, topics)
-        yield from _setting_findings(admin, topics, publisher.client_settings)
+        yield from _setting_findings(admin, topics, delivery.client_settings)
     except KafkaException as error:
         yield Finding("topics", "warning", f"cannot be described: {error.args[0].str()}", "grant DESCRIBE on them")
 

@@ -34,6 +34,10 @@ _HEARD_TABLES: Final = ("request", "canary")
 #: Roles and all rights to the relay's schema. Not one of the files in order: it comes after everything, each time.
 _ROLES_FILE: Final = "roles.sql"
 _ROLES_HINTS: Final = {"42501": "let the owner of everything in schema cdc_outbox, or a superuser, run sql/roles.sql"}
+_STEP_HINTS: Final = {
+    **SLOT_HINTS,
+    "2BP01": "drop what depends on view cdc_outbox.event_status, and make it again after",
+}
 _CONDITION: Final = re.compile(r"-- cdc-outbox: only if (.+)")
 
 State = Literal["applied", "pending", "changed", "not needed"]
@@ -126,7 +130,7 @@ def plan(connection: Connection, target: Target, *, failover: bool) -> list[Step
             steps.append(Step(f"create publication {target.publication}", script))
     else:
         for table in _HEARD_TABLES:
-            if table not in listed:
+            if table not in listed and _PUBLICATION_FILE not in made:
                 name = sql.Identifier(target.publication).as_string(connection)
                 script = f"ALTER PUBLICATION {name} ADD TABLE cdc_outbox.{table};"
                 steps.append(Step(f"add cdc_outbox.{table} to publication {target.publication}", script))
@@ -155,7 +159,7 @@ def up(connection: Connection, target: Target, *, failover: bool, report: Report
     with _advisory_lock(connection):
         for step in plan(connection, target, failover=failover):
             report(step.title)
-            with translated(step.title, SLOT_HINTS):
+            with translated(step.title, _STEP_HINTS):
                 connection.execute(step.script.encode())
         _set_rights(connection, report)
         check_slot(connection, target.slot)

@@ -68,7 +68,7 @@ def _may_go(published: str, row_id: sql.Identifier) -> sql.Composed:
     return sql.SQL(
         "({published}::int8multirange @> cdc_outbox.full_xid(event.xmin)::text::bigint AND {id} IS NOT NULL"
         " AND NOT EXISTS (SELECT FROM cdc_outbox.parked AS letter"
-        " WHERE letter.event_id = format('%s', {id}) AND letter.state <> 'redriven'))"
+        " WHERE letter.event_id = pg_catalog.format('%s', {id}) AND letter.state <> 'redriven'))"
     ).format(published=published, id=row_id)
 
 

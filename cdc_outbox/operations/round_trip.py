@@ -1,6 +1,6 @@
 """The doctor's round trip: a canary through the real path, from INSERT to Kafka's acknowledgement, timed.
 
-Stream, pipeline and publisher are the relay's own; the slot is a temporary one, so nothing is confirmed, and only
+Stream, pipeline and delivery are the relay's own; the slot is a temporary one, so nothing is confirmed, and only
 canaries are routed, so nobody's events are sent.
 """
 
@@ -28,8 +28,8 @@ _PATIENCE_SECONDS: Final = 10.0
 _SLOT_SECONDS: Final = 5
 
 
-def make_round_trip(config: Config, publisher: AcknowledgedDelivery) -> Finding:
-    topics = Topics(publisher, create=config.kafka.create_topics)
+def make_round_trip(config: Config, delivery: AcknowledgedDelivery) -> Finding:
+    topics = Topics(delivery, create=config.kafka.create_topics)
     try:
         topics.connect()
         topics.require(config.canary.topic, create=True)
@@ -40,7 +40,7 @@ def make_round_trip(config: Config, publisher: AcknowledgedDelivery) -> Finding:
             slot = f"cdc_outbox_doctor_{os.getpid()}"
             stream.create_temporary_slot(slot, lock_timeout_seconds=_SLOT_SECONDS)
             stream.start(slot, config.postgres.publication)
-            seconds = _carry_one(config, stream, publisher, slot)
+            seconds = _carry_one(config, stream, delivery, slot)
     except CdcOutboxError as error:
         return Finding(_CHECK, "failed", error.message, error.hint)
     return Finding(
@@ -48,20 +48,20 @@ def make_round_trip(config: Config, publisher: AcknowledgedDelivery) -> Finding:
     )
 
 
-def _carry_one(config: Config, stream: ReplicationStream, publisher: AcknowledgedDelivery, slot: str) -> float:
+def _carry_one(config: Config, stream: ReplicationStream, delivery: AcknowledgedDelivery, slot: str) -> float:
     """Seconds from INSERT to acknowledgement. Raises OperatorNeeded if it does not arrive."""
-    pipeline = Pipeline(Routing([make_canary_router(config)], Strays(), set()), publisher)
+    pipeline = Pipeline(Routing([make_canary_router(config)], Strays(), set()), delivery)
     began = time.monotonic()
     with closing(connect_bounded(config.postgres.dsn.get_secret_value())) as connection:
         plant(connection, slot)
     while time.monotonic() - began < _PATIENCE_SECONDS:
         frames = stream.frames()
         while isinstance(stop := pipeline.feed(frames), Full):
-            publisher.poll(0.05)
+            delivery.poll(0.05)
         if isinstance(stop, Parking):
             raise stop.poison
         pipeline.close_batch()
-        publisher.flush(0.01)
+        delivery.flush(0.01)
         if any(config.canary.topic in batch.per_topic for batch in pipeline.watermark.advance()):
             return time.monotonic() - began
         if not stream.receive():

@@ -36,8 +36,8 @@ def find_topics(config: Config, aggregate_types: Sequence[str]) -> list[WantedTo
     """
     template = TopicTemplate(config.kafka.topic, config.kafka.topic_pattern)
     wanted = _given(template, aggregate_types) if aggregate_types else _asked_for(config, template)
-    with closing(_publisher(config)) as publisher:
-        there = publisher.connect(REQUEST_SECONDS)
+    with closing(_delivery(config)) as delivery:
+        there = delivery.connect(REQUEST_SECONDS)
     return [
         WantedTopic(name, count, there.get(name), _refusal(template, name)) for name, count in sorted(wanted.items())
     ]
@@ -47,14 +47,14 @@ def create_topics(
     config: Config, topics: Sequence[WantedTopic], *, partitions: int | None, replication_factor: int | None
 ) -> Iterator[WantedTopic]:
     """Make those that are not there and may be; each is given when it is made. None: the broker's own default."""
-    with closing(_publisher(config)) as publisher:
+    with closing(_delivery(config)) as delivery:
         for topic in topics:
             if topic.partitions is None and not topic.refusal:
-                create_topic(publisher, topic.name, partitions=partitions, replication_factor=replication_factor)
+                create_topic(delivery, topic.name, partitions=partitions, replication_factor=replication_factor)
                 yield topic
 
 
-def _publisher(config: Config) -> AcknowledgedDelivery:
+def _delivery(config: Config) -> AcknowledgedDelivery:
     return AcknowledgedDelivery(config.kafka.require_bootstrap_servers(), config.kafka.producer, max_in_flight=1)
 
 

@@ -7,8 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-import orjson
-
 from cdc_outbox.errors import OperatorNeeded
 from cdc_outbox.wal.encodings import Encoding
 from cdc_outbox.wal.pgoutput import Relation
@@ -17,7 +15,7 @@ from cdc_outbox.wal.row_plan import compile_insert_reader
 #: The header of an event that is published again; its value is the dead letter's id.
 REDRIVEN_HEADER: Final = "cdc-outbox-redriven"
 _REQUESTS: Final = ("cdc_outbox", "request")
-_COLUMNS: Final = ("id", "slot", "parked_id", "body")
+_COLUMNS: Final = ("id", "slot", "parked_id", "topic", "key")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +48,13 @@ def compile_request_reader(relation: Relation, encoding: Encoding) -> ReadReques
         ) from error
 
     def read_request(frame: bytes) -> RedriveRequest:
-        number, slot, parked_id, text = read(frame)
-        body = orjson.loads(encoding.text(text))
-        key = body.get("key")
+        number, slot, parked_id, topic, key = read(frame)
         return RedriveRequest(
-            int(number), encoding.text(slot), int(parked_id), body.get("topic"), None if key is None else key.encode()
+            int(number),
+            encoding.text(slot),
+            int(parked_id),
+            None if topic is None else encoding.text(topic),
+            None if key is None else encoding.text(key).encode(),
         )
 
     return read_request

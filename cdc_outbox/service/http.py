@@ -26,7 +26,7 @@ from cdc_outbox.service.metrics import Metrics
 _RETRY_SECONDS: Final = 1.0
 #: How long a client may keep us waiting for its next byte, or not take ours.
 _CLIENT_SECONDS: Final = 5.0
-#: How long a request may take, from its first byte to the last one of the answer.
+#: How long a request may take, from the connection to the last byte of the answer.
 _REQUEST_SECONDS: Final = 10.0
 
 

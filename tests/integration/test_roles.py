@@ -69,7 +69,7 @@ def rights(world: World, role: str) -> list[tuple[str, ...]]:
         SELECT relname, attname, held
           FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid AND attnum > 0 AND NOT attisdropped,
                unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'REFERENCES']) AS held
-         WHERE relnamespace = 'cdc_outbox'::regnamespace AND relkind IN ('r', 'v', 'S')
+         WHERE relnamespace IN ('cdc_outbox'::regnamespace, 'public'::regnamespace) AND relkind IN ('r', 'v', 'S')
            AND has_column_privilege(%(role)s, pg_class.oid, attname, held)
          UNION ALL
         SELECT relname, NULL, held FROM pg_class, unnest(ARRAY['DELETE', 'TRUNCATE', 'TRIGGER']) AS held
@@ -86,6 +86,8 @@ _BEFORE = (
     "GRANT ALL ON ALL TABLES IN SCHEMA cdc_outbox TO cdc_outbox_reader, cdc_outbox_relay",
     "GRANT SELECT (payload, key), UPDATE (note) ON cdc_outbox.parked TO cdc_outbox_reader",
     "GRANT CREATE ON SCHEMA cdc_outbox TO cdc_outbox_relay",
+    "GRANT SELECT ON outbox TO cdc_outbox_reader",
+    "GRANT SELECT (payload) ON outbox TO cdc_outbox_reader",
     "ALTER DEFAULT PRIVILEGES IN SCHEMA cdc_outbox GRANT SELECT ON TABLES TO cdc_outbox_reader",
     "REVOKE ALL ON ALL TABLES IN SCHEMA cdc_outbox FROM cdc_outbox_reader, cdc_outbox_relay",
 )

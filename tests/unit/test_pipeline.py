@@ -18,7 +18,7 @@ from support import frames
 
 OUTBOX = {"id": 2950, "aggregate_type": 25, "aggregate_id": 25, "event_type": 25, "payload": 114}
 RELATION = frames.relation(7, "outbox", OUTBOX)
-REQUEST = {"id": 20, "slot": 25, "kind": 25, "parked_id": 20, "body": 3802}
+REQUEST = {"id": 20, "slot": 25, "kind": 25, "parked_id": 20, "topic": 25, "key": 25}
 
 
 class Refused(Exception):
@@ -109,8 +109,8 @@ def event(number: int) -> bytes:
     return frames.insert(7, [b"e%d" % number, b"order", b"a", b"t", b"{}"])
 
 
-def redrive(number: int, dead_letter: int, body: bytes = b"{}") -> bytes:
-    return frames.insert(9, [b"%d" % number, b"s", b"redrive", b"%d" % dead_letter, body])
+def redrive(number: int, dead_letter: int, topic: bytes | None = None) -> bytes:
+    return frames.insert(9, [b"%d" % number, b"s", b"redrive", b"%d" % dead_letter, topic, None])
 
 
 def transaction(commit_lsn: int, *events: bytes) -> list[bytes]:
@@ -523,7 +523,7 @@ ROWS = st.sampled_from(
         event(5)[:-1],
         frames.insert(8, [b"1"]),
         redrive(1, 5),
-        redrive(2, 6, b'{"topic": "a b"}'),
+        redrive(2, 6, b"a b"),
         frames.keepalive(5),
     ]
 )
