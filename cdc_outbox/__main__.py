@@ -6,16 +6,18 @@ under them: a segmentation fault in place of the exit code (one start in 90, at 
 """
 
 import atexit
+import gc
 import os
 import sys
 import traceback
 from contextlib import suppress
 from typing import NoReturn
 
-from cdc_outbox.cli.main import main
-
 
 def run() -> NoReturn:
+    gc.disable()  # nothing that is loaded now is garbage; whoever loads the verb turns it on again
+    from cdc_outbox.cli.main import main
+
     try:
         code = main(prog_name="cdc-outbox")
     except SystemExit as end:

@@ -5,6 +5,7 @@ failed. A failure is one line on standard error that names the thing and how to 
 """
 
 import errno
+import gc
 import os
 import sys
 import traceback
@@ -56,7 +57,11 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
         if cmd_name not in _VERBS:
             return None
-        return cast("click.Command", import_module(f"cdc_outbox.cli.{cmd_name.replace('-', '_')}").command)
+        command = import_module(f"cdc_outbox.cli.{cmd_name.replace('-', '_')}").command
+        # What is loaded by now stays for good: the collector need not walk it again and again in the hot loop.
+        gc.freeze()
+        gc.enable()
+        return cast("click.Command", command)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:  # noqa: ARG002
         with formatter.section("Commands"):

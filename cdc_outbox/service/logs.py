@@ -9,8 +9,14 @@ import sys
 from contextlib import suppress
 from typing import Final, Literal
 
-import structlog
-from structlog.typing import FilteringBoundLogger
+_RICH: Final = sys.modules.get("rich")
+sys.modules["rich"] = None  # type: ignore[assignment] # structlog would load it, for tracebacks that ours are not
+import structlog  # noqa: E402
+from structlog.typing import FilteringBoundLogger  # noqa: E402
+
+del sys.modules["rich"]
+if _RICH:
+    sys.modules["rich"] = _RICH
 
 STDERR: Final = 2
 

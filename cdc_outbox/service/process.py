@@ -1,7 +1,5 @@
 """The process: its signals, its HTTP server, and the relay in it."""
 
-import gc
-
 from cdc_outbox.config import Config
 from cdc_outbox.service.http import HttpServer
 from cdc_outbox.service.metrics import Metrics
@@ -20,7 +18,4 @@ def serve(config: Config) -> None:
     shutdown.install()
     if address := config.http.address():
         HttpServer(address, relay.health, metrics).start()
-    # What exists now stays for good: the collector need not walk it again and again in the hot loop.
-    gc.collect()
-    gc.freeze()
     relay.run()
