@@ -1,5 +1,6 @@
 """`cdc-outbox dead-letters list|show|redrive|discard`: events that could not be published, and what becomes of them."""
 
+from dataclasses import asdict
 from typing import Any, Final
 
 import click
@@ -12,6 +13,7 @@ from rich.text import Text
 from cdc_outbox.cli.main import Settings
 from cdc_outbox.cli.terminal import portable, print_field, printable
 from cdc_outbox.operations import dead_letters
+from cdc_outbox.operations.dead_letters import DeadLetter
 from cdc_outbox.postgres.connection import Connection, connect
 
 _ids = click.argument("ids", nargs=-1, required=True, type=int)
@@ -63,9 +65,7 @@ def list_(settings: Settings, /, *, as_json: bool, **wanted: Any) -> None:
 def show(settings: Settings, *, dead_letter_id: int, as_json: bool) -> None:
     """Show one dead letter, payload and all."""
     with _connect(settings) as connection:
-        letter = dead_letters.get(connection, dead_letter_id)
-    if letter is None:
-        raise dead_letters.unknown(dead_letter_id)
+        letter = asdict(dead_letters.get(connection, dead_letter_id))
     if as_json:
         click.echo(orjson.dumps({**letter, **{column: portable(letter[column]) for column in ("key", "payload")}}))
         return
@@ -107,17 +107,15 @@ def discard(settings: Settings, *, ids: tuple[int, ...], reason: str) -> None:
             click.echo(f"dead letter {dead_letter_id} discarded")
 
 
-def _table(letters: list[dead_letters.Row], *, with_state: bool, width: int) -> Table:
+def _table(letters: list[DeadLetter], *, with_state: bool, width: int) -> Table:
     """Where the terminal is narrow the less telling columns go, and of the rest the topic is cut last."""
     narrow = width < _WIDE
     whole = {
-        "id": [str(letter["id"]) for letter in letters],
-        **(
-            {} if narrow and with_state else {"put away": [f"{letter['created_at']:%m-%d %H:%M}" for letter in letters]}
-        ),
-        "reason": [letter["reason"] for letter in letters],
-        **({"state": [letter["state"] for letter in letters]} if with_state else {}),
-        **({} if narrow else {"tries": [str(letter["attempts"]) for letter in letters]}),
+        "id": [str(letter.id) for letter in letters],
+        **({} if narrow and with_state else {"put away": [f"{letter.created_at:%m-%d %H:%M}" for letter in letters]}),
+        "reason": [letter.reason for letter in letters],
+        **({"state": [letter.state for letter in letters]} if with_state else {}),
+        **({} if narrow else {"tries": [str(letter.attempts) for letter in letters]}),
     }
     cut = {"topic": "topic", "aggregate": "aggregate_id", **({} if narrow else {"type": "event_type"})}
     room = width - sum(max(map(len, [head, *cells])) + _GAP for head, cells in whole.items())
@@ -125,12 +123,12 @@ def _table(letters: list[dead_letters.Row], *, with_state: bool, width: int) -> 
     for head in whole:
         table.add_column(head, no_wrap=True)
     for left, (head, column) in zip(range(len(cut) - 1, -1, -1), cut.items(), strict=True):
-        longest = max(len(head), *(len(printable(letter[column] or "")) for letter in letters))
+        longest = max(len(head), *(len(printable(getattr(letter, column) or "")) for letter in letters))
         taken = max(_LEAST, min(longest, room - _GAP - left * (_LEAST + _GAP)))
         table.add_column(head, no_wrap=True, max_width=taken)
         room -= taken + _GAP
     for row, letter in zip(zip(*whole.values(), strict=True), letters, strict=True):
-        table.add_row(*row, *(Text(printable(letter[column] or "")) for column in cut.values()))
+        table.add_row(*row, *(Text(printable(getattr(letter, column) or "")) for column in cut.values()))
     return table
 
 

@@ -4,6 +4,7 @@ import shutil
 import textwrap
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, Final, TypeVar
 
@@ -16,7 +17,7 @@ from cdc_outbox.cli.terminal import portable, print_field, printable
 from cdc_outbox.errors import CheckFailed, ConfigurationError
 from cdc_outbox.inbox.table import beside
 from cdc_outbox.operations import inbox_parked
-from cdc_outbox.operations.inbox_parked import Which
+from cdc_outbox.operations.inbox_parked import ParkedMessage, Which
 from cdc_outbox.postgres.connection import Connection, connect
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -57,7 +58,7 @@ def list_(settings: Settings, /, *, all_too: bool, table: str, as_json: bool, **
     with _connection(settings, table) as connection:
         rows = inbox_parked.find(connection, table, Which(**whose), all_too=all_too)
     if as_json:
-        click.echo(orjson.dumps([{**row, "key": portable(row["key"])} for row in rows]))
+        click.echo(orjson.dumps([{**asdict(row), "key": portable(row.key)} for row in rows]))
         return
     if not rows:
         click.echo("nothing is parked")
@@ -75,7 +76,7 @@ def list_(settings: Settings, /, *, all_too: bool, table: str, as_json: bool, **
 def show(settings: Settings, /, *, table: str, as_json: bool, **which: Any) -> None:
     """Show one parked message, value and all."""
     with _connection(settings, table) as connection:
-        row = inbox_parked.get(connection, table, Which(**which))
+        row = asdict(inbox_parked.get(connection, table, Which(**which)))
     if as_json:
         click.echo(orjson.dumps({**row, **{name: portable(row[name]) for name in ("key", "value")}}))
         return
@@ -122,7 +123,7 @@ def discard(settings: Settings, /, *, table: str, **which: Any) -> None:
     with _connection(settings, table) as connection:
         for each in _named(connection, table, **which):
             row = inbox_parked.discard(connection, table, each)
-            click.echo(f"message {printable(repr(row['message_id']))} discarded")
+            click.echo(f"message {printable(repr(row.message_id))} discarded")
 
 
 def _named(
@@ -133,39 +134,39 @@ def _named(
     if not every:
         return [Which(message_id, **whose) for message_id in message_ids]
     rows = inbox_parked.find(connection, table, Which(**whose), all_too=False)
-    named = [_which(row) for row in rows if row["state"] == "parked"]
+    named = [_which(row) for row in rows if row.state == "parked"]
     if not named:
         click.echo("nothing is parked" + (f"; {len(rows)} are being tried again" if rows else ""))
     return named
 
 
-def _which(row: inbox_parked.Row) -> Which:
-    return Which(row["message_id"], row["consumer"], row["source"])
+def _which(row: ParkedMessage) -> Which:
+    return Which(row.message_id, row.consumer, row.source)
 
 
-def _outcome(connection: Connection, table: str, asked: inbox_parked.Row, deadline: float) -> str:
+def _outcome(connection: Connection, table: str, asked: ParkedMessage, deadline: float) -> str:
     """Says what became of it; returns why that is not what was asked for."""
-    name = printable(repr(asked["message_id"]))
+    name = printable(repr(asked.message_id))
     while True:
         row = inbox_parked.get(connection, table, _which(asked))
-        if row["state"] in ("handled", "discarded"):
-            click.echo(f"message {name} {row['state']}" + (f"; {asked['behind']} behind it" if asked["behind"] else ""))
+        if row.state in ("handled", "discarded"):
+            click.echo(f"message {name} {row.state}" + (f"; {asked.behind} behind it" if asked.behind else ""))
             return ""
-        if row["state"] == "parked":
-            return f"message {name} failed again: {printable(row['error'] or '')}"
+        if row.state == "parked":
+            return f"message {name} failed again: {printable(row.error or '')}"
         if time.monotonic() > deadline:
             return f"message {name} was not handled in time: does its consumer run? The request stands"
         time.sleep(_ASK_SECONDS)
 
 
-def _show_row(row: inbox_parked.Row, width: int) -> None:
+def _show_row(row: ParkedMessage, width: int) -> None:
     """Three lines, not a line of a table: an id and an error are long, and both are needed whole."""
-    behind = f", behind it: {row['behind']}" if row["behind"] else ""
-    click.echo(f"{printable(row['message_id'])}  {row['state']} (attempts: {row['attempts']}{behind})")
-    key = f", key {printable(row['key'])}" if row["key"] is not None else ""
-    click.echo(f"    {row['consumer']}: {row['topic']}[{row['partition']}]@{row['offset']}{key}")
-    if row["error"]:
-        click.echo(textwrap.indent(textwrap.fill(printable(row["error"]), width - 4, max_lines=2), "    "))
+    behind = f", behind it: {row.behind}" if row.behind else ""
+    click.echo(f"{printable(row.message_id)}  {row.state} (attempts: {row.attempts}{behind})")
+    key = f", key {printable(row.key)}" if row.key is not None else ""
+    click.echo(f"    {row.consumer}: {row.topic}[{row.partition}]@{row.offset}{key}")
+    if row.error:
+        click.echo(textwrap.indent(textwrap.fill(printable(row.error), width - 4, max_lines=2), "    "))
 
 
 def _connection(settings: Settings, table: str) -> Connection:

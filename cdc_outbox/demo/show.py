@@ -37,7 +37,8 @@ from cdc_outbox.postgres.slots import find_slot
 
 _WRITERS: Final = 3
 _PARTITIONS: Final = 6
-_CATCH_UP_SECONDS: Final = 20.0
+#: Whoever reads is given up after so long without progress: its first start on a busy machine may take a while.
+_PATIENCE_SECONDS: Final = 30.0
 _REFRESH_SECONDS: Final = 0.25
 
 
@@ -127,13 +128,18 @@ class Show:
                         self._ledger.kills += 1
                         live.console.print(f"[yellow]✗[/] {name} killed with SIGKILL, and started again")
                     watch("writing")
-            deadline = time.monotonic() + _CATCH_UP_SECONDS
-            while time.monotonic() < deadline and not (
-                self._ledger.delivered_count >= self._ledger.committed_count <= running.effect_count()
-                and running.records_unread() == 0  # copies come last, and must have no effect
-            ):
-                watch("catching up")
+            self._catch_up(running, watch)
             watch("done")
+
+    def _catch_up(self, running: "_Running", watch: Callable[[str], None]) -> None:
+        seen, moved_at = (0, 0, 0), time.monotonic()
+        while time.monotonic() < moved_at + _PATIENCE_SECONDS:
+            delivered, effects, unread = self._ledger.delivered_count, running.effect_count(), running.records_unread()
+            if delivered >= self._ledger.committed_count <= effects and unread == 0:
+                return  # copies come last, and must have no effect
+            if seen != (delivered, effects, unread):
+                seen, moved_at = (delivered, effects, unread), time.monotonic()
+            watch("catching up")
 
 
 @dataclass(frozen=True, slots=True)

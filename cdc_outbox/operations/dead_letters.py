@@ -8,15 +8,47 @@ Over any connection that has the rights (sql/0003_parked.sql). A dead letter is 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final, LiteralString
+from typing import Any, Final, LiteralString, TypeVar
 
 import psycopg
-from psycopg.rows import dict_row
+from psycopg.rows import class_row
 
 from cdc_outbox.errors import ConfigurationError, OperatorNeeded
 from cdc_outbox.postgres.connection import MIGRATE_HINT, READER, Connection, granting, translated
 
-Row = dict[str, Any]
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """Without what the event says."""
+
+    id: int
+    state: str
+    created_at: datetime
+    reason: str
+    detail: str
+    attempts: int
+    event_id: str | None
+    aggregate_type: str | None
+    aggregate_id: str | None
+    event_type: str | None
+    topic: str | None
+    commit_lsn: str
+    ordinal: int
+    committed_at: datetime
+    slot: str
+    state_changed_at: datetime
+    state_changed_by: str
+    note: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class WholeDeadLetter(DeadLetter):
+    key: bytes | None
+    headers: list[tuple[str, str | None]] | None
+    payload: bytes | None
+
+
+Letter = TypeVar("Letter", bound=DeadLetter)
 
 #: As people see it.
 _STATE: Final = """
@@ -48,13 +80,18 @@ class Filter:
     settled_too: bool = False
 
 
-def get(connection: Connection, dead_letter_id: int) -> Row | None:
-    """One dead letter, payload and all."""
-    rows = _select(connection, f"{_SUMMARY}, key, headers, payload", "WHERE id = %s", [dead_letter_id], _READ_EVENTS)
-    return rows[0] if rows else None
+def get(connection: Connection, dead_letter_id: int) -> WholeDeadLetter:
+    """One dead letter, payload and all. Raises ConfigurationError if there is none."""
+    columns: LiteralString = f"{_SUMMARY}, key, headers, payload"
+    letters = _select(WholeDeadLetter, connection, columns, "WHERE id = %s", [dead_letter_id], _READ_EVENTS)
+    if not letters:
+        raise ConfigurationError(
+            f"there is no dead letter {dead_letter_id}", hint="see: cdc-outbox dead-letters list --all"
+        )
+    return letters[0]
 
 
-def find(connection: Connection, wanted: Filter) -> list[Row]:
+def find(connection: Connection, wanted: Filter) -> list[DeadLetter]:
     """Summaries, in the order of their commits."""
     conditions: list[tuple[LiteralString, Any]] = [
         ("aggregate_id = %s", wanted.aggregate_id),
@@ -68,7 +105,7 @@ def find(connection: Connection, wanted: Filter) -> list[Row]:
     if not wanted.settled_too:
         clauses.append("state = 'dead'")
     rest = f"WHERE {' AND '.join(clauses) or 'true'} ORDER BY committed_at, commit_lsn, ordinal"
-    return _select(connection, _SUMMARY, rest, [value for _, value in given])
+    return _select(DeadLetter, connection, _SUMMARY, rest, [value for _, value in given])
 
 
 def count_waiting(connection: Connection) -> int | None:
@@ -91,9 +128,9 @@ def request_redrive(
     """
     _check_published(connection, publication)
     letter = _find_open(connection, dead_letter_id)
-    _check_whose(connection, dead_letter_id, letter["slot"], slot)
-    for name, given in (("topic", topic), ("key", key)):
-        if letter[name] is None and given is None:
+    _check_whose(connection, dead_letter_id, letter.slot, slot)
+    for name, own, given in (("topic", letter.topic, topic), ("key", letter.key, key)):
+        if own is None and given is None:
             raise ConfigurationError(f"dead letter {dead_letter_id} has no {name}", hint=f"give one with --{name}")
     with translated(
         "asking for a redrive",
@@ -115,12 +152,6 @@ def discard(connection: Connection, dead_letter_id: int, note: str) -> None:
             " state_changed_by = current_user WHERE id = %s",
             [note, dead_letter_id],
         )
-
-
-def unknown(dead_letter_id: int) -> ConfigurationError:
-    return ConfigurationError(
-        f"there is no dead letter {dead_letter_id}", hint="see: cdc-outbox dead-letters list --all"
-    )
 
 
 def _check_published(connection: Connection, publication: str) -> None:
@@ -150,27 +181,25 @@ def _check_whose(connection: Connection, dead_letter_id: int, theirs: str, ours:
         )
 
 
-def _find_open(connection: Connection, dead_letter_id: int) -> Row:
-    rows = _select(connection, "state, slot, topic, key", "WHERE id = %s", [dead_letter_id], _READ_EVENTS)
-    if not rows:
-        raise unknown(dead_letter_id)
-    letter = rows[0]
-    if letter["state"] != "dead":
+def _find_open(connection: Connection, dead_letter_id: int) -> WholeDeadLetter:
+    letter = get(connection, dead_letter_id)
+    if letter.state not in ("open", "redriving"):
         raise ConfigurationError(
-            f"dead letter {dead_letter_id} is {letter['state']}, not open",
+            f"dead letter {dead_letter_id} is {letter.state}, not open",
             hint=f"see: cdc-outbox dead-letters show {dead_letter_id}",
         )
     return letter
 
 
 def _select(
+    kind: type[Letter],
     connection: Connection,
     columns: LiteralString,
     rest: LiteralString,
     parameters: Sequence[Any],
     *needed: str,
-) -> list[Row]:
+) -> list[Letter]:
     """``needed`` beside what a reader may see."""
     with translated("reading cdc_outbox.parked", granting(connection, READER, *needed)):
-        cursor = connection.cursor(row_factory=dict_row)
+        cursor = connection.cursor(row_factory=class_row(kind))
         return cursor.execute(f"SELECT {columns} FROM cdc_outbox.parked AS letter {rest}", parameters).fetchall()  # noqa: S608

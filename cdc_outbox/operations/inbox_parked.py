@@ -4,18 +4,54 @@ In the consumer's database. Over any connection that may SELECT and UPDATE them 
 """
 
 import json
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, fields
+from datetime import datetime
+from typing import Any, Final, TypeVar
 
 from psycopg import sql
-from psycopg.rows import dict_row
+from psycopg.rows import class_row
 
 from cdc_outbox.errors import CheckFailed, ConfigurationError
 from cdc_outbox.inbox.psycopg import Inbox, NotParked
 from cdc_outbox.inbox.table import beside
 from cdc_outbox.postgres.connection import Connection, translated
 
-Row = dict[str, Any]
+
+@dataclass(frozen=True, slots=True)
+class ParkedMessage:
+    """Without what it says."""
+
+    consumer: str
+    message_id: str
+    source: str
+    state: str
+    topic: str
+    partition: int | None
+    offset: int | None
+    key: bytes | None
+    attempts: int
+    error: str | None
+    committed_at: datetime | None
+    parked_at: datetime
+    changed_at: datetime
+    behind: int
+    """How many wait behind it."""
+
+
+@dataclass(frozen=True, slots=True)
+class WholeParkedMessage(ParkedMessage):
+    value: bytes | None
+    type: str | None
+    headers: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored(ParkedMessage):
+    value: bytes | None
+    details: Any
+
+
+Message = TypeVar("Message", bound=ParkedMessage)
 
 #: In the order in which a person would read them.
 _SUMMARY: Final = """
@@ -36,58 +72,63 @@ class Which:
     source: str | None = None
 
 
-def find(connection: Connection, inbox: str, which: Which, *, all_too: bool) -> list[Row]:
+def find(connection: Connection, inbox: str, which: Which, *, all_too: bool) -> list[ParkedMessage]:
     """Those that wait for a decision or are being tried again, in the order in which they came; ``all_too``: all."""
-    return _select(connection, inbox, which, _SUMMARY, "" if all_too else "AND state IN ('parked', 'retry')")
+    return _select(
+        ParkedMessage, connection, inbox, which, _SUMMARY, "" if all_too else "AND state IN ('parked', 'retry')"
+    )
 
 
-def get(connection: Connection, inbox: str, which: Which) -> Row:
+def get(connection: Connection, inbox: str, which: Which) -> WholeParkedMessage:
     """With its value and headers. Raises ConfigurationError if there is none, or more than one."""
-    row = _only(connection, inbox, which, f"{_SUMMARY}, value, details")
-    given = row.pop("details")
-    details = json.loads(given) if isinstance(given, str) else given
-    return {**row, "type": details["type"], "headers": details["headers"]}
+    stored = _only(_Stored, connection, inbox, which, f"{_SUMMARY}, value, details")
+    # read here: the server would refuse characters that its encoding does not know
+    details = json.loads(stored.details) if isinstance(stored.details, str) else stored.details
+    summary = {field.name: getattr(stored, field.name) for field in fields(ParkedMessage)}
+    return WholeParkedMessage(**summary, value=stored.value, type=details["type"], headers=details["headers"])
 
 
-def unpark(connection: Connection, inbox: str, which: Which) -> Row:
+def unpark(connection: Connection, inbox: str, which: Which) -> ParkedMessage:
     """Ask for it to be tried again; returns it. Raises ConfigurationError, CheckFailed if it is not parked."""
-    row = _only(connection, inbox, which, _SUMMARY)
-    if row["state"] != "retry":  # else somebody has asked for it already
-        _decide(connection, inbox, row, Inbox.unpark)
-    return row
+    message = _only(ParkedMessage, connection, inbox, which, _SUMMARY)
+    if message.state != "retry":  # else somebody has asked for it already
+        _decide(connection, inbox, message, Inbox.unpark)
+    return message
 
 
-def discard(connection: Connection, inbox: str, which: Which) -> Row:
+def discard(connection: Connection, inbox: str, which: Which) -> ParkedMessage:
     """Give it up; returns it. Raises ConfigurationError, CheckFailed if it is not parked."""
-    row = _only(connection, inbox, which, _SUMMARY)
-    _decide(connection, inbox, row, Inbox.discard)
-    return row
+    message = _only(ParkedMessage, connection, inbox, which, _SUMMARY)
+    _decide(connection, inbox, message, Inbox.discard)
+    return message
 
 
-def _decide(connection: Connection, inbox: str, row: Row, verb: Any) -> None:
-    with translated(f"deciding about message {row['message_id']!r}", _HINTS), connection.transaction():
+def _decide(connection: Connection, inbox: str, message: ParkedMessage, verb: Any) -> None:
+    with translated(f"deciding about message {message.message_id!r}", _HINTS), connection.transaction():
         try:
-            verb(Inbox(row["consumer"], table=inbox), connection, row["message_id"], source=row["source"])
+            verb(Inbox(message.consumer, table=inbox), connection, message.message_id, source=message.source)
         except NotParked as error:
             raise CheckFailed(str(error)) from error
 
 
-def _only(connection: Connection, inbox: str, which: Which, columns: str) -> Row:
-    rows = _select(connection, inbox, which, columns)
-    if not rows:
+def _only(kind: type[Message], connection: Connection, inbox: str, which: Which, columns: str) -> Message:
+    messages = _select(kind, connection, inbox, which, columns)
+    if not messages:
         raise ConfigurationError(
             f"no message {which.message_id!r} was ever parked" + (f" by {which.consumer!r}" if which.consumer else ""),
             hint="`cdc-outbox inbox list --all` shows all that were",
         )
-    if len(rows) > 1:
-        names = ", ".join(" ".join(filter(None, (row["consumer"], row["source"]))) for row in rows)
+    if len(messages) > 1:
+        names = ", ".join(" ".join(filter(None, (each.consumer, each.source))) for each in messages)
         raise ConfigurationError(
             f"several have message {which.message_id!r}: {names}", hint="add --consumer or --source"
         )
-    return rows[0]
+    return messages[0]
 
 
-def _select(connection: Connection, inbox: str, which: Which, columns: str, condition: str = "") -> list[Row]:
+def _select(
+    kind: type[Message], connection: Connection, inbox: str, which: Which, columns: str, condition: str = ""
+) -> list[Message]:
     table = beside(inbox, "parked")
     query = sql.SQL(
         f"""SELECT {columns} FROM {{table}} AS parked
@@ -95,5 +136,5 @@ def _select(connection: Connection, inbox: str, which: Which, columns: str, cond
                AND source = coalesce(%s, source) {condition} ORDER BY place"""  # noqa: S608 - constants of ours
     ).format(table=sql.SQL(table))
     parameters = [which.message_id, which.consumer, which.source]
-    with translated(f"reading table {table}", _HINTS), connection.cursor(row_factory=dict_row) as cursor:
+    with translated(f"reading table {table}", _HINTS), connection.cursor(row_factory=class_row(kind)) as cursor:
         return cursor.execute(query, parameters).fetchall()

@@ -7,8 +7,10 @@ import pytest
 from cdc_outbox.demo.relay import RelayProcess
 from cdc_outbox.inbox import schema as inbox_sql
 from support.applications import Application, Psycopg, Start
+from support.consuming import Topic, make_topic
+from support.dead_letters import small
 from support.relays import end_all
-from support.world import World
+from support.world import World, create_topic
 
 StartRelay = Callable[..., RelayProcess]
 
@@ -56,3 +58,17 @@ def start(consuming: World) -> Iterator[Start]:
     yield start
     for application in started:
         application.close()
+
+
+@pytest.fixture
+def topic(world: World) -> Topic:
+    return make_topic(world)
+
+
+@pytest.fixture
+def poisoned(world: World) -> World:
+    """Dead letters are asked for, and the topic ``outbox.<name>_small`` takes 3,000 bytes."""
+    world.settings["CDC_OUTBOX_RELAY__ON_POISON"] = "dead-letter"
+    world.migrate()
+    create_topic(world.bootstrap_servers, f"outbox.{small(world)}", partitions=1, **{"max.message.bytes": "3000"})
+    return world

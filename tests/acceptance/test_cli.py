@@ -155,7 +155,7 @@ def test_config_show(world: World) -> None:
 def test_demo_on_given_servers_leaves_nothing(world: World, calm: list[str]) -> None:
     servers = ["--postgres", world.admin_dsn, "--kafka", world.bootstrap_servers]
     done = command.run({}, "demo", "--seconds", "3", "--json", *calm, *servers, timeout_seconds=90)
-    assert done.exit_code == 0, done.err
+    assert done.exit_code == 0, (done.err, json.loads(done.out or "{}"))
     verdict = json.loads(done.out)
     assert verdict["good"]
     assert verdict["committed"] == verdict["delivered"] > 100
