@@ -8,11 +8,15 @@ import fcntl
 import os
 import shutil
 import subprocess
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Final
+
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
 
 from cdc_outbox.demo.ports import free_port, wait_for_port
 from cdc_outbox.errors import ConfigurationError
@@ -109,7 +113,7 @@ class EmbeddedKafka:
         return self._folder / "kafka.log"
 
     def start(self) -> None:
-        """Formats the storage the first time; returns when the broker takes connections."""
+        """Formats the storage the first time; returns when the broker takes connections and names a controller."""
         properties = self._folder / "server.properties"
         if not properties.exists():
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -118,9 +122,20 @@ class EmbeddedKafka:
             if self._java("kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "-c", str(properties)).wait():
                 raise RuntimeError(self._said("Kafka's storage was not formatted"))
         self._process = self._java("kafka.Kafka", str(properties))
-        if not wait_for_port(self.port, timeout_seconds=_START_SECONDS):
+        if not wait_for_port(self.port, timeout_seconds=_START_SECONDS) or not self._has_controller():
             self.kill()
             raise RuntimeError(self._said("Kafka did not start"))
+
+    def _has_controller(self) -> bool:
+        """A broker that has just started may name none, and a client that hears so waits a minute in vain for one."""
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            with suppress(KafkaException):
+                admin = AdminClient({"bootstrap.servers": self.bootstrap_servers, "log_level": 0})
+                if admin.list_topics(timeout=2).controller_id >= 0:
+                    return True
+            time.sleep(0.05)
+        return False
 
     @property
     def pid(self) -> int:
