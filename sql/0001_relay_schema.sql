@@ -1,5 +1,5 @@
 -- Why: what the relay has to remember lives in a schema of its own, away from the application's tables.
--- The position in the log does not: that is the replication slot's, and only its.
+-- The slot holds the position in the log; cdc_outbox.confirmation checks it, and says where to read on after a crash.
 --
 -- Run as: a role that may CREATE in this database. Safe to run again.
 

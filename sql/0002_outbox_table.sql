@@ -3,9 +3,9 @@
 -- Why: the event is a row, written in the same transaction as the change it tells of. Commit both or neither.
 --
 -- payload is json, not jsonb: Kafka then gets the very bytes the application wrote, and PostgreSQL spends about a third
--- less on decoding them. A NULL payload becomes a tombstone.
--- headers is a JSON object of strings; each becomes a Kafka header.
--- Deleting rows is free for the relay: it reads the log, not the table. Delete in the same transaction, later, or never.
+-- less on decoding them. A NULL payload becomes a tombstone. headers is a JSON object of strings; each becomes a Kafka
+-- header. Deleting rows is free for the relay: it reads the log, not the table. Delete in the same transaction, later,
+-- or never.
 --
 -- Run as: a role that may CREATE in schema public. Safe to run again.
 

@@ -1,7 +1,7 @@
 -- Why: not every event can go to Kafka at once. One that can never be published (too large, refused by the broker for
--- good, a topic that data must not name, no aggregate id, a row that cannot be read) must neither stop everything behind
--- it nor vanish. It is parked: kept here, whole, and only that settles it. With relay.on_poison = "dead-letter" such
--- events are dead letters.
+-- good, a topic that data must not name, no aggregate id, a row that cannot be read) must neither stop everything
+-- behind it nor vanish. It is parked: kept here, whole, and only that settles it. With relay.on_poison = "dead-letter"
+-- such events are dead letters.
 --
 --   dead       somebody must decide about it: cdc-outbox dead-letters redrive|discard
 --   redriven   it was published again, and Kafka has acknowledged it

@@ -2,9 +2,9 @@
 -- nothing in the replication protocol tells. The relay notes here up to where it may confirm, and what the server had
 -- counted for the slot by then, and compares before it streams (cdc_outbox/journal/continuity.py).
 --
--- A crash of the server puts the slot back to its last checkpoint. The relay then starts reading at confirmed_lsn, never
--- at limit_lsn. To accept a gap that the relay complains of, or to read again from where the slot stands, delete the
--- slot's row.
+-- A crash of the server puts the slot back to its last checkpoint. The relay then starts reading at confirmed_lsn,
+-- never at limit_lsn. To accept a gap that the relay complains of, or to read again from where the slot stands, delete
+-- the slot's row.
 --
 -- Run as: the owner of schema cdc_outbox. Safe to run again.
 

@@ -3,19 +3,19 @@
 -- confirmed, every transaction that had ended in the snapshot is settled, and the snapshot is noted here.
 --
 -- But settled is only what came: a table may have been out of the publication, filtered, renamed, unlogged. So each
--- note says of which heaps (the outbox, or its partitions) every row was sent, and since when without a break. The relay
--- reads that in the statement that takes the snapshot: a fingerprint of what the publication sends of each heap, made of
--- things that never return to what they were once they have changed (cdc_outbox/journal/coverage.py). A row is
+-- note says of which heaps (the outbox, or its partitions) every row was sent, and since when without a break. The
+-- relay reads that in the statement that takes the snapshot: a fingerprint of what the publication sends of each heap,
+-- made of things that never return to what they were once they have changed (cdc_outbox/journal/coverage.py). A row is
 -- published if its transaction began after `since` and had ended in the snapshot.
 --
--- Known is what cannot be otherwise, nothing more:
+-- Only what is certain counts as known:
 --   * A snapshot does not list subtransactions in progress. So only transactions older than the oldest one in progress
 --     count: a transaction that writes for an hour keeps what came after its start pending for that hour.
 --   * An update gives a row another transaction. Where a heap may hold rows that were never sent (it was not empty when
 --     `since` began), an update could pass one of them for published. There, PostgreSQL's count of updates belongs to
 --     the fingerprint, and `earlier` counts instead of `snapshot`: a session may report what it has updated ten seconds
---     late, or after the transaction that it has begun since. So could a file that was filled beforehand and put in the
---     table's place (pg_repack): only the file that was looked at counts. Where a heap was empty (`complete`), all that
+--     late, or after the transaction that it has begun since. A file that was filled elsewhere and put in the
+--     table's place (pg_repack) could do the same: only the file that the relay has seen counts. Where a heap was empty (`complete`), all that
 --     is in it was sent, updated, moved or not.
 --   * Transaction ids are a server's own. A note from another one (restored from a dump, cloned) says nothing here.
 --   * A row's xid has 32 bits. A row that lies there for 2^31 transactions becomes unknown. (After 2^32 it would look

@@ -1,18 +1,20 @@
 -- Why: an application, or whoever watches it, wants to ask which rows of the outbox are published. View
 -- cdc_outbox.event_status says of each row, as far as the notes of 0006 go:
 --
---   pending    will come
+--   pending    will come, or has come and it is not certain yet
 --   published  Kafka has acknowledged it
 --   unknown    it cannot be told
 --   dead       it is a dead letter, and somebody must decide about it
 --   discarded  it was one, and nothing more is to be done about it
 --
--- The view stands on a function whose text PostgreSQL reads when it is asked, so neither is in the way of a change to
--- the outbox (ALTER COLUMN, RENAME, DROP). The planner puts that text in the function's place: an index on the outbox's
--- id serves the view, too. After such a change `cdc-outbox migrate up` makes the view again; until then it may fail.
+-- The view reads a function, and PostgreSQL reads the function's text when the view is queried. So you can ALTER,
+-- RENAME or DROP the outbox without dropping the view first. The planner puts that text in the function's place: an
+-- index on the outbox's id serves the view, too. After such a change `cdc-outbox migrate up` makes the view again;
+-- until then it may fail.
 --
--- It reads as who asks, so row security of the outbox applies. What that takes, beside SELECT on the view, roles.sql gives
--- to cdc_outbox_reader: GRANT cdc_outbox_reader TO whoever is to read it. Names are qualified: the path is the reader's.
+-- The view runs with the rights and the search_path of whoever queries it: row security of the outbox applies, and all
+-- names are qualified. GRANT cdc_outbox_reader TO those who may query it; roles.sql gives it the rights that this
+-- takes.
 --
 -- Run as: the owner of schema cdc_outbox. Safe to run again.
 

@@ -1,8 +1,8 @@
 -- cdc-outbox: only if outbox.table = public.outbox and postgres.publication = cdc_outbox
 --
--- Why: a publication tells PostgreSQL which changes to send: the outbox, and the two tables of ours whose rows the relay
--- has to hear of. Inserts only: then clean-up costs the relay nothing, and the outbox needs no replica identity. Should
--- the outbox be partitioned, its rows come under its own name.
+-- Why: a publication tells PostgreSQL which changes to send: the outbox, and the two tables of ours whose rows the
+-- relay has to hear of. Inserts only: then clean-up costs the relay nothing, and the outbox needs no replica identity.
+-- Should the outbox be partitioned, its rows come under its own name.
 --
 -- The publication must be older than the slot: make it first, as `cdc-outbox migrate up` does.
 -- A slot that is older fails on PostgreSQL 15 to 17, and silently sends nothing on 18.

@@ -1,20 +1,21 @@
--- Why: the relay should run with the least it needs, and whoever watches it with less. All rights to schema cdc_outbox are
--- given here and nowhere else, so that whatever ran before, and in whatever order, these are the rights afterwards. (What
--- another role than the owner has granted, only that role can take back.)
+-- Why: the relay should run with the least it needs, and whoever watches it with less. All rights to schema cdc_outbox
+-- are given here and nowhere else, so that whatever ran before, and in whatever order, these are the rights afterwards.
+-- (What another role than the owner has granted, only that role can take back.)
 --
 --   cdc_outbox_relay   logs in and streams. It needs no SELECT on the outbox and gets none. Be aware what REPLICATION
 --                      means in PostgreSQL: it may stream any table through any publication, and drop any slot.
 --   cdc_outbox_reader  cannot log in; GRANT it to whoever may read the relay's state: not the events, so of
 --                      parked ones everything but payload, key and headers, and of the outbox what event_status shows.
 --
--- Roles belong to the whole server. One that exists already is left as it is. Where this database's administrator may
--- not create a role with REPLICATION (managed services), a warning says so: make the role the provider's way
--- (for example GRANT rds_replication), or let the relay connect as a role of yours to which you GRANT cdc_outbox_relay.
--- cdc_outbox_relay has no password, so it cannot log in with one until you set it:
+-- Roles belong to the whole server. One that exists already keeps its attributes and its password. Where this
+-- database's administrator may not create a role with REPLICATION (managed services), a warning says so: make the role
+-- the provider's way (for example GRANT rds_replication), or let the relay connect as a role of yours to which you
+-- GRANT cdc_outbox_relay. cdc_outbox_relay has no password, so it cannot log in with one until you set it:
 --     ALTER ROLE cdc_outbox_relay PASSWORD '...';   -- or a certificate, or peer
 --
--- Run as: the owner of schema cdc_outbox; to make the roles, with CREATEROLE and the right to grant REPLICATION. It comes
--- after all other files, `cdc-outbox migrate up` runs it each time, and it is safe to run again: after a role was made.
+-- Run as: the owner of schema cdc_outbox; to make the roles, with CREATEROLE and the right to grant REPLICATION. It
+-- comes after all other files, `cdc-outbox migrate up` runs it each time, and it is safe to run again: do so after you
+-- made a role by hand.
 
 DO $$
 BEGIN

@@ -36,8 +36,8 @@ def command() -> None:
 @click.option("--aggregate", "aggregate_id", metavar="ID", help="Of this aggregate id.")
 @click.option("--type", "event_type", metavar="TYPE", help="Of this event type.")
 @click.option("--reason", metavar="REASON", help="With this reason, as in the list; % stands for anything.")
-@click.option("--since", type=_time, metavar="TIME", help="Put away since then, e.g. 2026-11-01T12:00:00+0000.")
-@click.option("--until", type=_time, metavar="TIME", help="Put away before then.")
+@click.option("--since", type=_time, metavar="TIME", help="Parked since then, e.g. 2026-11-01T12:00:00+0000.")
+@click.option("--until", type=_time, metavar="TIME", help="Parked before then.")
 @click.option("--all", "settled_too", is_flag=True, help="Those too that were redriven or discarded.")
 @_as_json
 @click.pass_obj
@@ -112,7 +112,7 @@ def _table(letters: list[DeadLetter], *, with_state: bool, width: int) -> Table:
     narrow = width < _WIDE
     whole = {
         "id": [str(letter.id) for letter in letters],
-        **({} if narrow and with_state else {"put away": [f"{letter.created_at:%m-%d %H:%M}" for letter in letters]}),
+        **({} if narrow and with_state else {"parked": [f"{letter.created_at:%m-%d %H:%M}" for letter in letters]}),
         "reason": [letter.reason for letter in letters],
         **({"state": [letter.state for letter in letters]} if with_state else {}),
         **({} if narrow else {"tries": [str(letter.attempts) for letter in letters]}),

@@ -31,8 +31,8 @@ from cdc_outbox.errors import CheckFailed
 def command(*, seconds: float, keep: bool, postgres: str | None, kafka: str | None, calm: bool, as_json: bool) -> None:
     """Show it: a real PostgreSQL, a real Kafka, an application that emits, the relay, a consumer that acts once.
 
-    On the way relay and consumer are killed and started again. Without Docker, Java or root. On servers that are given
-    it works in databases and topics of its own, and removes them. Exits with 0 only if every committed event was
+    On the way relay and consumer are killed and started again. Without Docker, Java or root. With --postgres or --kafka
+    it uses databases and topics of its own there, and removes them. Exits with 0 only if every committed event was
     delivered, in order, and no other, and the consumer acted on each once; else with 4.
     """
     console = Console(stderr=as_json)

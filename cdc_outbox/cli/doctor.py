@@ -25,8 +25,8 @@ _LOOK: Final[dict[State, tuple[str, str]]] = {
 def command(settings: Settings, *, as_json: bool) -> None:
     """Check everything `run` needs, and say how to fix what is wrong.
 
-    Looks only, but for a canary that it sends through a topic of its own, and makes if it is not there. Run it as the
-    user, and from the machine, that `run` has. Exit code 4 if anything failed; a warning is no failure.
+    Changes nothing, except that it sends one canary, and creates the canary's topic if it is missing. Run it as the
+    same user and on the same machine as `run`. Exit code 4 if anything failed; a warning is no failure.
     """
     findings: list[Finding] = []
     for finding in run_checks(settings.config):

@@ -74,7 +74,9 @@ def inbox() -> None:
 
 
 _inbox_table = click.option("--table", default="public.inbox", show_default=True, help="Named as in SQL.")
-_partitioned = click.option("--partitioned", is_flag=True, help="By commit time. Run it daily: it makes 14 days ahead.")
+_partitioned = click.option(
+    "--partitioned", is_flag=True, help="By commit time. Run it daily: it creates partitions for 14 days."
+)
 
 
 @inbox.command("up")

@@ -36,8 +36,8 @@ def command(settings: Settings, *, as_json: bool, patience: timedelta | None) ->
     """Show slot, lag, readiness and last errors.
 
     The slot's figures come from PostgreSQL, readiness and errors from the relay's /readyz at http.listen. --stuck reads
-    the outbox: it needs a role with SELECT on it, which the relay's own does not have. It also says of how many rows it
-    cannot be told whether they were published.
+    the outbox, so it needs a role with SELECT on it, which the relay's own does not have. It also counts the rows whose
+    state is unknown.
     """
     config = settings.config
     if patience is not None:

@@ -62,7 +62,7 @@ class Metrics:
         self.publish_failures = self._counter(
             "publish_failures", "Events that Kafka refused, by reason", ["topic", "reason"]
         )
-        self.dead_letters = self._counter("dead_letters", "Events put aside as dead letters", ["topic", "reason"])
+        self.dead_letters = self._counter("dead_letters", "Events kept as dead letters", ["topic", "reason"])
         self.reconnects = self._counter("reconnects", "Times a side was lost and connected to again", ["side"])
         self.slot_lag_bytes = self._gauge("slot_lag_bytes", "Server's WAL end minus the slot's confirmed LSN")
         self.slot_retained_bytes = self._gauge("slot_retained_bytes", "WAL the server keeps because of the slot")
