@@ -47,7 +47,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog AS $$
                CASE WHEN are_several THEN 'text' ELSE type_of_aggregate END AS type_of_aggregate,
                CASE WHEN are_several THEN 'text' ELSE type_of_type END AS type_of_type
           FROM entered)
-    SELECT format('-- %s, %s, %s', min(type_of_id), min(type_of_aggregate), min(type_of_type)) || string_agg(format($rows$
+    SELECT '-- types: ' || md5(min(type_of_id) || ' ' || min(type_of_aggregate) || ' ' || min(type_of_type)) || string_agg(format($rows$
         SELECT event.%2$I%6$s AS outbox_id, event.%3$I%6$s AS aggregate_id, event.%4$I%6$s AS event_type,
                stands.state = 'published' AS published,
                coalesce(letter.attempts, 0) + (stands.state = 'published')::int AS publish_attempts,

@@ -80,22 +80,24 @@ BEGIN
             GRANT SELECT ON cdc_outbox.event_status TO cdc_outbox_reader;
             GRANT EXECUTE ON FUNCTION cdc_outbox.event_status_rows(), cdc_outbox.full_xid(xid) TO cdc_outbox_reader;
         END IF;
-        -- what event_status reads of each outbox, and of none that is no longer entered
-        FOR entered IN SELECT outbox FROM (
-                           SELECT oid::regclass, relacl FROM pg_class WHERE relnamespace <> 'cdc_outbox'::regnamespace
-                            UNION ALL
-                           SELECT attrelid::regclass, attacl FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid
-                            WHERE relnamespace <> 'cdc_outbox'::regnamespace) AS held (outbox, acl)
-                        WHERE EXISTS (SELECT FROM aclexplode(acl) JOIN pg_roles ON pg_roles.oid = grantee
-                                       WHERE rolname = 'cdc_outbox_reader')
+        -- What event_status reads of each outbox, and of none that is no longer entered: nothing else here grants xmin.
+        FOR entered IN SELECT DISTINCT pg_class.oid::regclass AS outbox
+                         FROM pg_class JOIN pg_attribute ON attrelid = pg_class.oid AND attname = 'xmin',
+                              aclexplode(attacl) JOIN pg_roles ON pg_roles.oid = grantee
+                        WHERE relnamespace <> 'cdc_outbox'::regnamespace AND rolname = 'cdc_outbox_reader'
+                          AND pg_has_role(relowner, 'USAGE')
         LOOP
             BEGIN
                 EXECUTE format('REVOKE ALL ON %s FROM cdc_outbox_reader', entered.outbox);
-            EXCEPTION WHEN insufficient_privilege THEN
-                NULL;  -- its owner's to take back
+            EXCEPTION WHEN dependent_objects_still_exist THEN
+                RAISE WARNING 'cdc_outbox_reader has passed rights to % on: they stay', entered.outbox;
             END;
         END LOOP;
-        FOR entered IN SELECT outbox, id, aggregate_id, event_type, relnamespace::regnamespace AS space, relrowsecurity
+        FOR entered IN SELECT outbox, id, aggregate_id, event_type, relnamespace::regnamespace AS space,
+                              relrowsecurity AND NOT EXISTS (SELECT FROM pg_policies
+                                  WHERE (schemaname, tablename) = (relnamespace::regnamespace::name, relname)
+                                    AND permissive = 'PERMISSIVE' AND cmd IN ('SELECT', 'ALL')
+                                    AND roles && '{public,cdc_outbox_reader}') AS hides_rows
                          FROM cdc_outbox.outbox JOIN pg_class ON pg_class.oid = outbox.outbox
         LOOP
             BEGIN
@@ -104,7 +106,7 @@ BEGIN
                 END IF;
                 EXECUTE format('GRANT SELECT (%I, %I, %I, xmin, tableoid) ON %s TO cdc_outbox_reader',
                                entered.id, entered.aggregate_id, entered.event_type, entered.outbox);
-                IF entered.relrowsecurity THEN
+                IF entered.hides_rows THEN
                     RAISE WARNING 'row security may hide rows of % from who reads cdc_outbox.event_status', entered.outbox
                         USING HINT = format('CREATE POLICY ... ON %s FOR SELECT TO cdc_outbox_reader USING (true)',
                                             entered.outbox);

@@ -58,15 +58,12 @@ def _show_stuck(config: Config, patience: timedelta, *, as_json: bool) -> None:
     with connect(config.postgres.dsn.get_secret_value()) as connection:
         table = find_table(connection, config.outbox.table)
         count, rows = stuck_rows(connection, table, config.outbox.columns, config.postgres.slot, patience=patience)
+        if not as_json:
+            _show_stuck_rows(count, rows)
         unknown = count_unknown(connection, config.postgres.slot)
     if as_json:
         click.echo(orjson.dumps({"stuck": count, "rows": rows, "unknown": unknown}))
-        return
-    if count:
-        _show_stuck_rows(count, rows)
-    else:
-        click.echo("nothing is stuck")
-    if unknown:
+    elif unknown:
         click.echo(
             f"of {unknown} rows it cannot be told whether they were published (written before the slot, or while they "
             f"were not sent): {_UNKNOWN}"
@@ -74,6 +71,9 @@ def _show_stuck(config: Config, patience: timedelta, *, as_json: bool) -> None:
 
 
 def _show_stuck_rows(count: int, rows: list[StuckRow]) -> None:
+    if not count:
+        click.echo("nothing is stuck")
+        return
     table = Table("outbox id", "aggregate", "event type", "age")
     for row in rows:
         age = "?" if row.seconds is None else str(timedelta(seconds=int(row.seconds)))

@@ -132,13 +132,14 @@ class Show:
             watch("done")
 
     def _catch_up(self, running: "_Running", watch: Callable[[str], None]) -> None:
-        seen, moved_at = (0, 0, 0), time.monotonic()
+        """Until all is delivered, acted on and read, or nothing more is for a while."""
+        seen, moved_at = 0, time.monotonic()
         while time.monotonic() < moved_at + _PATIENCE_SECONDS:
-            delivered, effects, unread = self._ledger.delivered_count, running.effect_count(), running.records_unread()
-            if delivered >= self._ledger.committed_count <= effects and unread == 0:
+            delivered, effects = self._ledger.delivered_count, running.effect_count()
+            if delivered >= self._ledger.committed_count <= effects and running.records_unread() == 0:
                 return  # copies come last, and must have no effect
-            if seen != (delivered, effects, unread):
-                seen, moved_at = (delivered, effects, unread), time.monotonic()
+            if delivered + effects > seen:
+                seen, moved_at = delivered + effects, time.monotonic()
             watch("catching up")
 
 

@@ -48,7 +48,17 @@ class WholeDeadLetter(DeadLetter):
     payload: bytes | None
 
 
-Letter = TypeVar("Letter", bound=DeadLetter)
+@dataclass(frozen=True, slots=True)
+class _Open:
+    """What a decision needs to know of one."""
+
+    state: str
+    slot: str
+    topic: str | None
+    key: bytes | None
+
+
+Letter = TypeVar("Letter")
 
 #: As people see it.
 _STATE: Final = """
@@ -82,8 +92,11 @@ class Filter:
 
 def get(connection: Connection, dead_letter_id: int) -> WholeDeadLetter:
     """One dead letter, payload and all. Raises ConfigurationError if there is none."""
-    columns: LiteralString = f"{_SUMMARY}, key, headers, payload"
-    letters = _select(WholeDeadLetter, connection, columns, "WHERE id = %s", [dead_letter_id], _READ_EVENTS)
+    return _only(WholeDeadLetter, connection, f"{_SUMMARY}, key, headers, payload", dead_letter_id)
+
+
+def _only(kind: type[Letter], connection: Connection, columns: LiteralString, dead_letter_id: int) -> Letter:
+    letters = _select(kind, connection, columns, "WHERE id = %s", [dead_letter_id], _READ_EVENTS)
     if not letters:
         raise ConfigurationError(
             f"there is no dead letter {dead_letter_id}", hint="see: cdc-outbox dead-letters list --all"
@@ -181,9 +194,9 @@ def _check_whose(connection: Connection, dead_letter_id: int, theirs: str, ours:
         )
 
 
-def _find_open(connection: Connection, dead_letter_id: int) -> WholeDeadLetter:
-    letter = get(connection, dead_letter_id)
-    if letter.state not in ("open", "redriving"):
+def _find_open(connection: Connection, dead_letter_id: int) -> _Open:
+    letter = _only(_Open, connection, "state, slot, topic, key", dead_letter_id)
+    if letter.state != "dead":
         raise ConfigurationError(
             f"dead letter {dead_letter_id} is {letter.state}, not open",
             hint=f"see: cdc-outbox dead-letters show {dead_letter_id}",

@@ -115,7 +115,10 @@ def stuck_rows(
 
 
 def count_unknown(connection: Connection, slot: str) -> int | None:
-    """Rows of which it cannot be told whether they were published; None if there is no view that would know."""
+    """Rows of which it cannot be told whether they were published; None if there is no view that would know.
+
+    Raises OperatorNeeded if an outbox has changed since the view was made.
+    """
     with translated("reading cdc_outbox.event_status", {**_VIEW_HINTS, **granting(connection, READER)}):
         if connection.execute("SELECT to_regclass('cdc_outbox.event_status')").fetchone() == (None,):
             return None

@@ -192,7 +192,7 @@ def _rights(connection: Connection) -> set[tuple[str, ...]]:
              WHERE nspname = 'cdc_outbox'
              UNION ALL
             SELECT relname::text, granted::text FROM pg_class, unnest(relacl) AS granted
-             WHERE relnamespace = 'cdc_outbox'::regnamespace
+             WHERE relnamespace = 'cdc_outbox'::regnamespace OR granted::text LIKE 'cdc_outbox_reader=%'
              UNION ALL
             SELECT attrelid::regclass || '.' || attname, granted::text
               FROM pg_attribute JOIN pg_class ON pg_class.oid = attrelid, unnest(attacl) AS granted

@@ -1,5 +1,7 @@
 """The process: its signals, its HTTP server, and the relay in it."""
 
+import gc
+
 from cdc_outbox.config import Config
 from cdc_outbox.service.http import HttpServer
 from cdc_outbox.service.metrics import Metrics
@@ -18,4 +20,5 @@ def serve(config: Config) -> None:
     shutdown.install()
     if address := config.http.address():
         HttpServer(address, relay.health, metrics).start()
+    gc.freeze()  # what was made since the verb was loaded stays, too
     relay.run()

@@ -112,6 +112,16 @@ def test_rights_are_the_same_whatever_was_before(every_world: World) -> None:
     assert {held for _, _, held in before["cdc_outbox_reader"]} == {"SELECT"}
 
 
+def test_of_an_outbox_that_is_no_longer_entered_nothing_is_left_to_read(every_world: World) -> None:
+    world = every_world
+    world.migrate()
+    world.db.execute("CREATE TABLE mine (x int); GRANT SELECT ON mine TO cdc_outbox_reader")
+    assert readable(world, "cdc_outbox_reader")[-2:] == ["public.mine", "public.outbox"]
+    world.db.execute("DELETE FROM cdc_outbox.outbox")
+    world.db.execute((SQL / "roles.sql").read_bytes())
+    assert readable(world, "cdc_outbox_reader")[-1] == "public.mine", "which somebody else has granted"
+
+
 def test_a_role_that_was_made_later_gets_its_rights(world: World) -> None:
     world.migrate()
     wanted = rights(world, "cdc_outbox_reader")

@@ -160,12 +160,23 @@ def read_topic(bootstrap_servers: str, topic: str, count: int, *, timeout_second
         }
     )
     partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
+    # what is there now, is read: the first answer of a broker that has just started may take a while
+    watermarks = {
+        number: consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10) for number in partitions
+    }
+    left = {number: end for number, (first, end) in watermarks.items() if end > first}
     consumer.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in partitions])
     messages: list[Message] = []
 
     def enough() -> bool:
-        messages.extend(message for message in consumer.consume(10_000, timeout=0.3) if not message.error())
-        return len(messages) >= count
+        for message in consumer.consume(10_000, timeout=0.3):
+            if message.error():
+                continue
+            messages.append(message)
+            number, offset = message.partition(), message.offset()
+            if number in left and offset is not None and offset + 1 >= left[number]:
+                del left[number]
+        return len(messages) >= count and not left
 
     try:
         wait_until(enough, f"{count} records in {topic}", timeout_seconds=timeout_seconds)
