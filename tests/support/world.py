@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import psycopg
-from confluent_kafka import OFFSET_BEGINNING, Consumer, Message, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaException, Message, TopicPartition
 from confluent_kafka.admin import AdminClient
 from confluent_kafka.admin._config import AlterConfigOpType, ConfigEntry, ConfigResource
 from confluent_kafka.admin._resource import ResourceType
@@ -160,11 +160,16 @@ def read_topic(bootstrap_servers: str, topic: str, count: int, *, timeout_second
         }
     )
     partitions = consumer.list_topics(topic, timeout=10).topics[topic].partitions
-    # what is there now, is read: the first answer of a broker that has just started may take a while
-    watermarks = {
-        number: consumer.get_watermark_offsets(TopicPartition(topic, number), timeout=10) for number in partitions
-    }
-    left = {number: end for number, (first, end) in watermarks.items() if end > first}
+
+    def ends() -> dict[int, int]:
+        try:
+            asked = {n: consumer.get_watermark_offsets(TopicPartition(topic, n), timeout=10) for n in partitions}
+        except KafkaException:  # no leader yet, of a partition that was made a moment ago
+            return {}
+        return {number: end if end > first else 0 for number, (first, end) in asked.items()}
+
+    # what is there now is read: the first answer of a broker that has just started may take a while
+    left = {number: end for number, end in wait_until(ends, f"the ends of {topic}").items() if end}
     consumer.assign([TopicPartition(topic, number, OFFSET_BEGINNING) for number in partitions])
     messages: list[Message] = []
 
