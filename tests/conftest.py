@@ -14,8 +14,12 @@ import pytest
 from support.services import OTHER_POSTGRES, kafka_bootstrap_servers, other_postgres_dsn, postgres_dsn
 from support.world import World, make_world
 
-#: `every_world` on these is the rest.
-_BETWEEN = OTHER_POSTGRES.keys() - {min(OTHER_POSTGRES)}
+#: By fixture, the parameters with which a test is of the rest.
+_REST = {
+    "every_world": OTHER_POSTGRES.keys() - {min(OTHER_POSTGRES)},
+    "old_and_new_world": {"15"},
+    "consuming": {"partitioned"},
+}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -37,7 +41,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_rest(item: pytest.Item) -> bool:
     parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-    return item.get_closest_marker("rest") is not None or parameters.get("every_world") in _BETWEEN
+    return item.get_closest_marker("rest") is not None or any(
+        parameters.get(fixture) in values for fixture, values in _REST.items()
+    )
 
 
 @pytest.fixture(scope="session")
