@@ -1,8 +1,8 @@
 """The installed command, and `python -m cdc_outbox`: the command line, and the end of the process.
 
-The process ends without the interpreter's and the C library's own cleaning up. Threads of librdkafka and libpq may
-still be in the middle of a TLS handshake, and OpenSSL, which clears itself away at exit, takes what they work on from
-under them: a segmentation fault in place of the exit code (one start in 90, at a broker whose certificate is refused).
+The process ends without the clean-up of the interpreter and of C libraries. A thread of librdkafka or libpq may still
+be in a TLS handshake when OpenSSL frees its own state at exit. The process then ends with a segmentation fault instead
+of its exit code (seen once in 90 starts at a broker whose certificate is refused).
 """
 
 import atexit
