@@ -19,18 +19,17 @@ from cdc_outbox.errors import (
     OperatorNeeded,
 )
 from cdc_outbox.kafka.isolation import Isolation
+from cdc_outbox.kafka.opening import Opening, Produce
 from cdc_outbox.kafka.refusals import Verdict, denies_us, explain, verdict_on
 from cdc_outbox.relay.watermark import Batch
 
 ProducerSettings = Mapping[str, str | int | float | bool]
-#: Of the shape of confluent_kafka.Producer.produce.
-Produce = Callable[..., None]
 
 #: What the promises rest on. Each is refused as a setting, with its reason.
 _PROMISES: Final[dict[str, str | int | bool]] = {
     "acks": "all",  # an LSN is confirmed only after every in-sync replica has the event
     "enable.idempotence": True,  # a retry neither duplicates nor reorders
-    "enable.gapless.guarantee": True,  # a refused event is fatal, so that nothing of its key passes it
+    "enable.gapless.guarantee": True,  # a refused event is fatal, so that nothing of its key passes it (see `opening`)
     "message.timeout.ms": 0,  # wait (and let PostgreSQL keep the WAL) rather than punch a hole
     "partitioner": "murmur2_random",  # the partition a Java producer would choose
     "allow.auto.create.topics": False,  # topics are checked, or created by kafka.create_topics
@@ -67,6 +66,8 @@ _DEFAULTS: Final[dict[str, str | int | bool]] = {
 #: For one event at a time: nothing can pass a refused one then, and the producer need not die of it.
 _ALONE: Final[dict[str, str | int | bool]] = {"enable.gapless.guarantee": False, "linger.ms": 0}
 
+#: How long the brokers may take to tell a topic's partitions.
+_METADATA_SECONDS: Final = 5.0
 #: How long a broker may take to answer a probe, and the report of what killed a producer to be served.
 _PROBE_SECONDS: Final = 0.5
 _REPORT_SECONDS: Final = 0.5
@@ -117,14 +118,39 @@ class AcknowledgedDelivery:
         except KafkaException as error:
             reason = error.args[0].str()
             raise ConfigurationError(f"kafka.producer: {reason}", hint="see librdkafka's CONFIGURATION.md") from error
-        #: the hot call: nothing between the pipeline and librdkafka
-        self.publish: Produce = wrap(self.producer.produce)
-        self._is_isolating = False
+        self._produce: Produce = wrap(self.producer.produce)
+        self._opening = Opening(self._produce)
+        self._isolation: Isolation | None = None
+        self._is_dead = False
+        #: how many partitions each topic has: as the cluster said last, and of those that events go to
+        self._partitions: dict[str, int] = {}
+        self._begun: dict[str, int] = {}
         #: why no broker can be reached at the moment; None while one can
         self.unreachable: str | None = None
         #: what librdkafka last complained of, until a broker has answered again
         self._trouble: str | None = None
         self._denied: OperatorNeeded | None = None
+
+    @property
+    def publish(self) -> Produce:
+        """The hot call: nothing between the pipeline and librdkafka, once all partitions are open."""
+        if self._isolation:
+            return self._isolation.publish
+        return self._produce if self._opening.is_done else self._opening.publish
+
+    def begin_topic(self, topic: str) -> None:
+        """Before its first event: see that nothing passes it, see `opening`. Raises BrokerUnavailable."""
+        self._begun[topic] = self._partitions.get(topic) or self._count_partitions(topic)
+        self._opening.add(topic, self._begun[topic])
+
+    def _count_partitions(self, topic: str) -> int:
+        try:
+            partitions = self.producer.list_topics(topic, timeout=_METADATA_SECONDS).topics[topic].partitions
+        except KafkaException as error:
+            raise BrokerUnavailable(f"no broker answers about topic {topic}: {error.args[0].str()}") from error
+        if not partitions:
+            raise BrokerUnavailable(f"the brokers do not know the partitions of topic {topic} yet")
+        return len(partitions)
 
     @property
     def in_flight(self) -> int:
@@ -143,6 +169,8 @@ class AcknowledgedDelivery:
         self._serve(self.producer.flush, timeout_seconds)
 
     def _serve(self, serve: Callable[[float], int], timeout_seconds: float) -> None:
+        if self._is_dead:  # what it has not sent, or would send again, it keeps for ever
+            self.producer.purge(in_queue=True, in_flight=False, blocking=False)
         try:
             serve(timeout_seconds)
         except KafkaException as error:  # fatal: the producer is dead, and says so here instead of to `error_cb`
@@ -153,18 +181,21 @@ class AcknowledgedDelivery:
     def isolate(self) -> Isolation:
         """From now on events are published one at a time, through what this returns. Nothing may be in flight."""
         self._replace_producer(_ALONE)
-        isolation = Isolation(self._wrap(self.producer.produce), self._count_failure)
-        self.publish, self._is_isolating = isolation.publish, True
-        return isolation
+        self._isolation = Isolation(self._produce, self._count_failure)
+        return self._isolation
 
     def publish_in_batches(self) -> None:
         """The end of ``isolate``."""
         self._replace_producer({})
-        self.publish, self._is_isolating = self._wrap(self.producer.produce), False
+        self._isolation = None
 
     def _replace_producer(self, settings: ProducerSettings) -> None:
         self.producer.purge(in_queue=True, in_flight=True, blocking=False)
         self.producer = Producer({**self.client_settings, **settings})
+        self._produce = self._wrap(self.producer.produce)
+        self._opening = Opening(self._produce)
+        for topic, partitions in self._begun.items():
+            self._opening.add(topic, partitions)
 
     def connect(self, timeout_seconds: float) -> dict[str, int]:
         """See that a broker answers; return its topics, and how many partitions each has.
@@ -178,7 +209,8 @@ class AcknowledgedDelivery:
             reason = self._trouble or error.args[0].str()
             raise BrokerUnavailable(f"no broker answers at {self._bootstrap_servers}: {reason}") from error
         self._trouble = self.unreachable = None
-        return {name: len(metadata.partitions) for name, metadata in topics.items()}
+        self._partitions = {name: len(metadata.partitions) for name, metadata in topics.items()}
+        return self._partitions
 
     def probe(self) -> None:
         """If librdkafka complained, find out whether any broker answers; one of several that fails is no trouble."""
@@ -193,16 +225,18 @@ class AcknowledgedDelivery:
     def close(self) -> None:
         """Forget what is still queued, and end librdkafka's threads now rather than when the collector runs."""
         self.producer.purge(in_queue=True, in_flight=True, blocking=False)
-        self.publish = _closed  # the hot call holds the producer, too
+        self._produce, self._isolation = _closed, None  # the hot call holds the producer, too
+        self._opening = Opening(_closed)
         del self.producer
 
     def explain(self, refusal: Any, topic: str) -> CdcOutboxError:
         """What a refused call means. If an earlier event was the cause, raises what that one's report means."""
         error: KafkaError = refusal.args[0]
         if error.fatal():
+            self._is_dead = True
             self.poll(_REPORT_SECONDS)
         self._count_failure(topic, error.name())
-        return explain(error, topic, alone=self._is_isolating)
+        return explain(error, topic, alone=self._isolation is not None)
 
     def on_failure(self, error: KafkaError, message: Message) -> None:
         """Raise what a failed delivery report means; surfaces from ``poll`` and ``flush``.
@@ -213,6 +247,7 @@ class AcknowledgedDelivery:
         self._count_failure(topic, error.name())
         if verdict_on(error) is Verdict.OPERATOR:
             raise explain(error, topic, alone=False)
+        self._is_dead = True
         raise BatchRefused(f"topic {topic} refuses an event, or one sent with it: {error.name()}")
 
     def _on_error(self, error: KafkaError) -> None:

@@ -84,6 +84,7 @@ class Topics:
                 self._missing_at.clear()
             self._missing_at[topic] = time.monotonic()
             raise _missing_for_event(topic) from error
+        self._delivery.begin_topic(topic)
 
     def _patience(self) -> float:
         """Seconds that a topic may take to appear; none right after another one has not."""

@@ -20,7 +20,7 @@ from opentelemetry.trace import Link, SpanKind, Status, StatusCode, Tracer, get_
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 from cdc_outbox import __version__
-from cdc_outbox.kafka.acknowledged import Produce
+from cdc_outbox.kafka.opening import Produce
 
 _TRACE_HEADERS: Final = ("traceparent", "tracestate")
 _ID_HEADERS: Final = ("id", "ce_id")

@@ -25,7 +25,8 @@ from cdc_outbox.errors import (
 from cdc_outbox.extras import install_hint
 from cdc_outbox.journal.continuity import Continuity
 from cdc_outbox.journal.journal import Journal, NoJournal
-from cdc_outbox.kafka.acknowledged import AcknowledgedDelivery, Produce, unwrapped
+from cdc_outbox.kafka.acknowledged import AcknowledgedDelivery, unwrapped
+from cdc_outbox.kafka.opening import Produce
 from cdc_outbox.kafka.topics import Topics
 from cdc_outbox.postgres.connection import BoundedConnection, Connection, connect_bounded
 from cdc_outbox.postgres.monitor import Monitor

@@ -264,11 +264,16 @@ class Session:
             get_logger().warning("not_confirmed", reason=_STANDBYS_LACK, hint="what is not confirmed is sent again")
 
     def _settle_what_came_before(self) -> None:
-        """An operator is needed: confirm what came before the trouble, so that no restart sends it again."""
+        """After trouble with an event: confirm what came before it, so that it is not sent again."""
         with suppress(CdcOutboxError):  # the trouble itself, again
             if batch := self._watermark.close_batch():
                 self._delivery.close_batch(batch)
-            self._drain(_LAST_DRAIN_SECONDS)
+        deadline, left = time.monotonic() + _LAST_DRAIN_SECONDS, float("inf")
+        while self._delivery.in_flight < left:
+            left = self._delivery.in_flight
+            with suppress(CdcOutboxError):  # each report that fails with it raises, and others come behind
+                self._drain(deadline - time.monotonic())
+                break
         with suppress(CdcOutboxError):
             self._send_last_status()
 

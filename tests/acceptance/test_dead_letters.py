@@ -29,10 +29,7 @@ def test_what_can_never_be_published_is_put_away_and_the_rest_flows(poisoned: Wo
     relay = start_relay()
     world.wait_until_confirmed()
     delivered = ids_of(world, small(world), len(good))
-    assert list(dict.fromkeys(delivered)) == good, "in order"
-    # on a slow machine the refusal comes before all of it was handed over, and the rest of it is refused once more
-    if relay.metric('cdc_outbox_reconnects_total{side="kafka"}') == 1:
-        assert delivered == good, "each once"
+    assert list(dict.fromkeys(delivered)) == good, "in order; what had arrived before a refusal comes again"
     assert set(ids_of(world, aggregate_type, 1)) == {other}, "a refusal resends what was in flight elsewhere"
     letters = dead_letters(world)
     assert [letter["event_id"] for letter in letters] == bad, "and no other"

@@ -13,7 +13,7 @@ import pytest
 from confluent_kafka import Message
 
 from acceptance.conftest import StartRelay
-from support.java_partitioner import partition_of
+from cdc_outbox.kafka.opening import partition_of
 from support.waiting import wait_until
 from support.world import PARTITIONS, World, headers_of, read_topic
 

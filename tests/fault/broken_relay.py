@@ -86,8 +86,7 @@ def _wrap_publish(wrap: Callable[[Publish], Publish]) -> None:
     make = AcknowledgedDelivery.__init__
 
     def wrapped(self: AcknowledgedDelivery, *arguments: Any, **more: Any) -> None:
-        make(self, *arguments, **more)
-        self.publish = wrap(self.publish)
+        make(self, *arguments, **{**more, "wrap": wrap})
 
     AcknowledgedDelivery.__init__ = wrapped  # type: ignore[method-assign]
 

@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -9,8 +10,8 @@ import pytest
 from cdc_outbox.demo.ports import free_port
 from cdc_outbox.errors import BatchRefused, BrokerUnavailable, CdcOutboxError, OperatorNeeded, PoisonEvent
 from cdc_outbox.kafka.acknowledged import AcknowledgedDelivery
+from cdc_outbox.kafka.opening import partition_of
 from cdc_outbox.kafka.topics import Topics
-from support.java_partitioner import partition_of
 from support.waiting import wait_until
 from support.world import create_topic, read_topic
 
@@ -132,6 +133,28 @@ def test_a_batch_refused_for_good_names_no_culprit_and_nothing_passes_it(
         flush(publisher)
     assert delivered == [b"small"]
     assert [message.value() for message in read_topic(kafka, name, 1)] == [b"small"]
+
+
+def test_nothing_passes_a_new_producers_first_event_in_a_partition(kafka: str) -> None:
+    """Sent each at once: two batches are then in flight before the first is refused, if they may."""
+    name = f"test.{uuid.uuid4().hex}"
+    create_topic(kafka, name, partitions=1, **{"max.message.bytes": "2000"})
+    publisher = AcknowledgedDelivery(kafka, {"linger.ms": 0}, max_in_flight=10)
+    publisher.connect(10)
+    publisher.begin_topic(name)
+    on_delivery = reports_to(publisher, [])
+    publisher.publish(name, INCOMPRESSIBLE, b"k", -1, on_delivery, None, 0, [])
+
+    def passes() -> bool:
+        with suppress(BufferError):
+            publisher.publish(name, b"after", b"k", -1, on_delivery, None, 0, [])
+        publisher.poll(0.001)
+        return False
+
+    with pytest.raises(BatchRefused):
+        wait_until(passes, "a refusal")
+    publisher.close()
+    assert not read_topic(kafka, name, 0)
 
 
 def test_a_producer_that_died_of_a_refusal_says_so_at_the_next_publish(

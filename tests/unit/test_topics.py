@@ -31,7 +31,11 @@ class Broker:
 
 
 def topics(broker: Broker, *, seen: tuple[str, ...] = ("outbox.other",)) -> Topics:
-    return Topics(cast("AcknowledgedDelivery", SimpleNamespace(producer=broker)), create=False, ever_seen=set(seen))
+    return Topics(
+        cast("AcknowledgedDelivery", SimpleNamespace(producer=broker, begin_topic=lambda _: None)),
+        create=False,
+        ever_seen=set(seen),
+    )
 
 
 @pytest.mark.parametrize(
