@@ -215,6 +215,7 @@ def test_one_that_lost_its_partition_does_not_set_the_offset_back(topic: Topic) 
     assert topic.committed_offset() == 60
 
 
+@pytest.mark.rest
 def test_a_partition_that_comes_back_while_it_waited(topic: Topic) -> None:
     """Paused, taken away, and given back: it is not paused for ever."""
     consumer = topic.consumer("")
@@ -266,6 +267,7 @@ class CommitsFail(Consumer):
         (KafkaError.FENCED_INSTANCE_ID, False),
     ],
 )
+@pytest.mark.rest
 def test_offsets_that_cannot_be_committed(topic: Topic, code: int, *, is_survived: bool) -> None:
     """What passes is harmless. What does not is told: else all would come again at each start, for ever."""
     topic.consumer_class, CommitsFail.code = CommitsFail, code

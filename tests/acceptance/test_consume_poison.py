@@ -154,6 +154,7 @@ class TestPoison:
             wait_until(lambda: list(topic.states().values()) == ["parked", "behind"], "it is parked")
         assert topic.effects() == ["0", "1", "b-1", "b--", "b-3"]
 
+    @pytest.mark.rest
     def test_retries_do_not_wait_for_a_backlog(self, topic: Topic) -> None:
         failed: set[str] = set()
 
@@ -169,6 +170,7 @@ class TestPoison:
             wait_until(lambda: len(topic.seen) == 3000, "all are handled")
         assert [message.id for message in topic.seen].index("0") < 1500
 
+    @pytest.mark.rest
     def test_a_slow_handler_is_tried_again_soon(self, topic: Topic) -> None:
         times: list[float] = []
 
@@ -238,6 +240,7 @@ class TestPoison:
         assert topic.effects() == list(map(str, range(10)))
 
     @pytest.mark.parametrize("kind", [by_psycopg, by_psycopg2, by_sqlalchemy, by_session])
+    @pytest.mark.rest
     def test_a_message_that_costs_the_connection_each_time(
         self, topic: Topic, kind: Callable[[str], tuple[Any, Any, Any]]
     ) -> None:

@@ -151,6 +151,7 @@ def test_a_passing_refusal_is_waited_for_and_nothing_is_sent_twice(
     assert readyz(relay)["status"] == 200
 
 
+@pytest.mark.rest
 def test_a_token_that_cannot_be_fetched_is_waited_for(world: World, start_relay: StartRelay) -> None:
     world.migrate()
     producer = "CDC_OUTBOX_KAFKA__PRODUCER__"
@@ -210,6 +211,7 @@ def test_a_topic_that_collides_with_another_is_the_events_own_fault(lenient: Wor
     assert delivered_ids(world, aggregate_type, 1) == [good]
 
 
+@pytest.mark.rest
 def test_a_topic_that_goes_while_the_relay_runs_ends_it(lenient: World, start_relay: StartRelay) -> None:
     """It is no event's fault: nothing becomes a dead letter."""
     world = lenient

@@ -96,6 +96,7 @@ def test_headers_that_the_database_cannot_write(latin1_world: World, tmp_path: P
 
 
 @pytest.mark.parametrize("encoding", ["SQL_ASCII", "WIN1252"])
+@pytest.mark.rest
 def test_a_byte_that_is_no_text(kafka: str, server: str, tmp_path: Path, encoding: str) -> None:
     """In any column."""
     stored = "convert_from('\\x7b2278223a228190227d'::bytea, getdatabaseencoding()::name)"
@@ -135,6 +136,7 @@ def test_a_byte_that_is_no_text(kafka: str, server: str, tmp_path: Path, encodin
             assert command.run(world.environment, *verb.split()).exit_code == 0, verb
 
 
+@pytest.mark.rest
 def test_a_standby_of_a_database_that_is_not_in_utf8(kafka: str, server: str, tmp_path: Path) -> None:
     with make_world(server, kafka, encoding="LATIN1") as world:
         world.settings["CDC_OUTBOX_POSTGRES__PUBLICATION"] = "größe"
@@ -238,6 +240,7 @@ def test_what_data_says_stays_on_one_line(world: World) -> None:
     assert len(done.error) < 1500
 
 
+@pytest.mark.rest
 def test_a_large_event_is_kept_whole(world: World, start_relay: StartRelay) -> None:
     """In the time that it takes, and the slot is held meanwhile."""
     world = lenient(world)

@@ -162,6 +162,7 @@ assert Inbox("billing").prune(connection, timedelta()) == 1
 
 
 @pytest.mark.parametrize("driver", BARE)
+@pytest.mark.rest
 def test_without_anything_else_it_works(world: World, wheel: Path, tmp_path: Path, driver: str) -> None:
     """Installed with --no-deps beside the driver, in an environment that has nothing else."""
     from psycopg import conninfo

@@ -277,6 +277,7 @@ def test_a_row_of_a_listed_table_that_nobody_routes_ends_the_relay(
 
 
 @pytest.mark.parametrize("kind", ["ALL TABLES", "TABLES IN SCHEMA public"])
+@pytest.mark.rest
 def test_other_tables_of_a_publication_that_takes_them_all_are_passed_over(
     ledger: Ledger, relay_of: RunRelay, kind: str
 ) -> None:

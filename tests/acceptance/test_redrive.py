@@ -5,6 +5,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg
+import pytest
 
 from acceptance.conftest import StartRelay
 from support import command
@@ -138,6 +139,7 @@ def test_a_redrive_whose_request_waits_for_a_standby(poisoned: World, start_rela
     wait_until(lambda: dead_letters(world) == [], "it is recorded", timeout_seconds=30)
 
 
+@pytest.mark.rest
 def test_a_redrive_of_what_never_fits_into_the_queue(poisoned: World, start_relay: StartRelay) -> None:
     world = poisoned
     aggregate_type = world.create_topic()

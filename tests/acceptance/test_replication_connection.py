@@ -147,6 +147,7 @@ def test_a_lock_on_the_outbox_holds_nobody_up(every_world: World, tmp_path: Path
 
 
 @pytest.mark.parametrize("table", ["cdc_outbox.confirmation", "cdc_outbox.settled", "pg_publication"])
+@pytest.mark.rest
 def test_a_lock_on_what_the_start_asks_is_said_and_ends_with_a_shutdown(
     world: World, tmp_path: Path, table: str
 ) -> None:

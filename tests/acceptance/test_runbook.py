@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import pytest
+
 from acceptance.conftest import StartRelay
 from support import command
 from support.waiting import wait_until
@@ -23,6 +25,7 @@ def ids(world: World, aggregate_type: str, count: int) -> set[str | None]:
     return {dict(headers_of(record))["id"] for record in world.read(aggregate_type, count)}
 
 
+@pytest.mark.rest
 def test_a_lost_slot_is_created_again_and_the_gap_is_sent(world: World, start_relay: StartRelay) -> None:
     world.migrate()
     aggregate_type = world.create_topic()

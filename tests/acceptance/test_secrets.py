@@ -77,6 +77,7 @@ def waiting(world: World) -> int:
     return int(row[0])
 
 
+@pytest.mark.rest
 def test_what_the_other_verbs_say(world: World, start_relay: StartRelay) -> None:
     world.migrate()
     aggregate_type = world.create_topic()

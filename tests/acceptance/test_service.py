@@ -205,6 +205,7 @@ def test_nohup_is_left_alone(world: World, start_relay: StartRelay) -> None:
 
 @pytest.mark.parametrize("trouble", ["full", "nobody reads"])
 @pytest.mark.parametrize("log_format", ["console", "json"])
+@pytest.mark.rest
 def test_a_log_that_cannot_be_written_ends_nothing(world: World, tmp_path: Path, trouble: str, log_format: str) -> None:
     world.migrate()
     aggregate_type = world.create_topic()
@@ -274,6 +275,7 @@ def test_a_full_standard_output_is_said(world: World) -> None:
             ), verb
 
 
+@pytest.mark.rest
 def test_a_client_that_says_nothing_is_let_go(world: World, start_relay: StartRelay) -> None:
     world.migrate()
     relay = start_relay()
@@ -317,6 +319,7 @@ def test_a_canary_makes_its_topic(world: World, start_relay: StartRelay) -> None
 
 
 @pytest.mark.parametrize("trouble", ["its topic refuses it", "its name is no topic's", "its table is gone"])
+@pytest.mark.rest
 def test_a_canary_that_cannot_be_sent_is_missed_and_events_flow(
     world: World, start_relay: StartRelay, trouble: str
 ) -> None:

@@ -126,6 +126,7 @@ def sessions_are_old(world: World, *, seconds: int) -> Callable[[], bool]:
     return are_old
 
 
+@pytest.mark.rest
 def test_a_long_transaction_is_decoded_whatever_time_sessions_may_take(
     old_and_new_world: World, start_relay: StartRelay
 ) -> None:

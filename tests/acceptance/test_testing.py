@@ -225,6 +225,7 @@ def nothing_is_left(world: World) -> bool:
     return not databases and not [topic for topic in topics if topic.startswith("cdc_outbox_test_")]
 
 
+@pytest.mark.rest
 def test_a_run_that_is_terminated_leaves_nothing(world: World, tmp_path: Path) -> None:
     """As a CI ends a job that takes too long."""
     (tmp_path / "test_wait.py").write_text(

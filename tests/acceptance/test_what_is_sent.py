@@ -80,6 +80,7 @@ def test_a_slot_with_two_phase(old_and_new_world: World) -> None:
 
 
 @pytest.mark.parametrize("publish", ["insert, update, delete, truncate", "delete"])
+@pytest.mark.rest
 def test_somebody_else_s_publication_of_all_tables_stops_nobody(old_and_new_world: World, publish: str) -> None:
     world = old_and_new_world
     world.settings["CDC_OUTBOX_RELAY__ON_POISON"] = "dead-letter"

@@ -148,6 +148,7 @@ def test_the_dockerfile_is_as_hadolint_would_have_it() -> None:
     assert linted.returncode == 0, linted.stdout
 
 
+@pytest.mark.rest
 def test_the_image_s_steps_install_a_command_that_works(tmp_path: Path) -> None:
     """What the Dockerfile does, without Docker: the locked libraries by their hashes, then ourselves, nothing else."""
     steps = (DEPLOY / "Dockerfile").read_text()

@@ -146,6 +146,7 @@ def test_a_consumer_ships_each_order_once(shop: World, module: str, tmp_path: Pa
     assert each_once == [(number,) for number in range(1, 2 * ORDERS + 1)]
 
 
+@pytest.mark.rest
 def test_with_celery(shop: World, tmp_path: Path) -> None:
     """An event twice in the topic, and a task twice in the queue: one shipment."""
     (tmp_path / "queue").mkdir()
@@ -175,6 +176,7 @@ def test_with_celery(shop: World, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.rest
 def test_with_faststream_and_parking(shop: World, tmp_path: Path) -> None:
     """An order that cannot be shipped waits, one of the same key behind it; the others do not."""
     shop.db.execute("CREATE TABLE address (customer text PRIMARY KEY, address text NOT NULL)")

@@ -192,6 +192,7 @@ def test_an_update_makes_nothing_published(every_world: World, update: str) -> N
     assert "sent later" not in left(world)
 
 
+@pytest.mark.rest
 def test_an_update_that_is_counted_late_makes_nothing_published(
     every_world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:

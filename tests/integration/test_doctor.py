@@ -372,6 +372,7 @@ def test_no_server(world: World) -> None:
     assert any(finding.check == "broker" for finding in findings), "the rest is looked at all the same"
 
 
+@pytest.mark.rest
 def test_no_broker(world: World) -> None:
     said(doctor(world, bootstrap_servers="127.0.0.1:1"), "failed", "broker", "no broker answers at 127.0.0.1:1")
 
