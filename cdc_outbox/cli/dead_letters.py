@@ -1,6 +1,8 @@
 """`cdc-outbox dead-letters list|show|redrive|discard`: events that could not be published, and what becomes of them."""
 
+import time
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Any, Final
 
 import click
@@ -10,10 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cdc_outbox.cli.duration import waiting
 from cdc_outbox.cli.main import Settings
 from cdc_outbox.cli.terminal import portable, print_field, printable
+from cdc_outbox.errors import CheckFailed
 from cdc_outbox.operations import dead_letters
 from cdc_outbox.operations.dead_letters import DeadLetter
+from cdc_outbox.operations.outcomes import await_outcome
 from cdc_outbox.postgres.connection import Connection, connect
 
 _ids = click.argument("ids", nargs=-1, required=True, type=int)
@@ -81,18 +86,40 @@ def show(settings: Settings, *, dead_letter_id: int, as_json: bool) -> None:
 @_ids
 @click.option("--topic", help="Publish to this topic instead of the dead letter's own.")
 @click.option("--key", help="Publish with this key instead of the dead letter's own.")
+@waiting
 @click.pass_obj
-def redrive(settings: Settings, *, ids: tuple[int, ...], topic: str | None, key: str | None) -> None:
+def redrive(
+    settings: Settings, *, ids: tuple[int, ...], topic: str | None, key: str | None, timeout: timedelta, no_wait: bool
+) -> None:
     """Ask the running relay to publish dead letters again.
 
     The request is a row that reaches the relay through the log. The event is published with the header
-    cdc-outbox-redriven; `list --all` shows the outcome.
+    cdc-outbox-redriven. Waits for the outcome, and exits with 4 if one was refused again or nobody took it.
     """
+    until = time.monotonic() + timeout.total_seconds()
     publication, slot = settings.config.postgres.publication, settings.config.postgres.slot
     with _connect(settings) as connection:
-        for dead_letter_id in ids:
-            dead_letters.request_redrive(connection, publication, slot, dead_letter_id, topic=topic, key=key)
-            click.echo(f"redrive of dead letter {dead_letter_id} requested")
+        requests = dead_letters.request_redrives(connection, publication, slot, ids, topic=topic, key=key)
+        if no_wait:
+            for each in requests:
+                click.echo(f"redrive of dead letter {each} requested")
+            return
+        failures = [text for each, request in requests.items() if (text := _outcome(connection, each, request, until))]
+    if failures:
+        raise CheckFailed("; ".join(failures), hint="`cdc-outbox dead-letters list --all` shows what became of each")
+
+
+def _outcome(connection: Connection, dead_letter_id: int, request_id: int, until: float) -> str:
+    """Says what became of it; returns why that is not what was asked for."""
+    outcome = await_outcome(connection, request_id, until=until)
+    if outcome is None:
+        return f"dead letter {dead_letter_id} was not redriven in time: does the relay run? Request {request_id} stands"
+    if outcome.result == "redriven":
+        click.echo(f"dead letter {dead_letter_id} redriven")
+        return ""
+    if outcome.result == "refused":
+        return f"dead letter {dead_letter_id} was refused again: {printable(outcome.detail)}"
+    return f"dead letter {dead_letter_id} was passed over: it is {outcome.state}, or being redriven"
 
 
 @command.command()

@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar
 import click
 import orjson
 
-from cdc_outbox.cli.duration import Duration
+from cdc_outbox.cli.duration import waiting
 from cdc_outbox.cli.main import Settings
 from cdc_outbox.cli.terminal import portable, print_field, printable
 from cdc_outbox.errors import CheckFailed, ConfigurationError
@@ -93,8 +93,7 @@ def show(settings: Settings, /, *, table: str, as_json: bool, **which: Any) -> N
 @_all
 @_of_consumer
 @_inbox
-@click.option("--timeout", type=Duration(), default="30s", show_default=True, help="How long to wait for the outcome.")
-@click.option("--no-wait", is_flag=True, help="Ask, and do not wait.")
+@waiting
 @click.pass_obj
 def unpark(settings: Settings, /, *, table: str, timeout: timedelta, no_wait: bool, **which: Any) -> None:
     """Ask the running consumer to handle parked messages again, and after each what waits behind it, in order.

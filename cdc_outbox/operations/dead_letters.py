@@ -5,7 +5,7 @@ Over any connection that has the rights (sql/0003_parked.sql). A dead letter is 
 *redriving*; it can be asked for again all the same: a request may be lost with its slot.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final, LiteralString, TypeVar
@@ -131,15 +131,28 @@ def count_waiting(connection: Connection) -> int | None:
     return row[0] if row else None
 
 
-def request_redrive(
-    connection: Connection, publication: str, slot: str, dead_letter_id: int, *, topic: str | None, key: str | None
-) -> None:
-    """Ask the relay of ``slot`` to publish it again. Touches nothing that the relay writes to.
+def request_redrives(
+    connection: Connection,
+    publication: str,
+    slot: str,
+    dead_letter_ids: Iterable[int],
+    *,
+    topic: str | None,
+    key: str | None,
+) -> dict[int, int]:
+    """Ask the relay of ``slot`` to publish them again, all or none; the requests' ids, by dead letter.
 
-    Raises OperatorNeeded if the relay would not hear of it, ConfigurationError if it is another relay's, if all is done
-    about it, or it has no topic or key and none is given.
+    Touches nothing that the relay writes to. Raises OperatorNeeded if the relay would not hear of it,
+    ConfigurationError if one is another relay's, if all is done about it, or it has no topic or key and none is given.
     """
     _check_published(connection, publication)
+    with connection.transaction():
+        return {each: _request_redrive(connection, slot, each, topic=topic, key=key) for each in dead_letter_ids}
+
+
+def _request_redrive(
+    connection: Connection, slot: str, dead_letter_id: int, *, topic: str | None, key: str | None
+) -> int:
     letter = _find_open(connection, dead_letter_id)
     _check_whose(connection, dead_letter_id, letter.slot, slot)
     for name, own, given in (("topic", letter.topic, topic), ("key", letter.key, key)):
@@ -149,10 +162,13 @@ def request_redrive(
         "asking for a redrive",
         granting(connection, READER, _READ_EVENTS, "INSERT (slot, kind, parked_id, topic, key) ON cdc_outbox.request"),
     ):
-        connection.execute(
-            "INSERT INTO cdc_outbox.request (slot, kind, parked_id, topic, key) VALUES (%s, 'redrive', %s, %s, %s)",
+        row = connection.execute(
+            "INSERT INTO cdc_outbox.request (slot, kind, parked_id, topic, key) VALUES (%s, 'redrive', %s, %s, %s)"
+            " RETURNING id",
             [slot, dead_letter_id, topic, key],
-        )
+        ).fetchone()
+    assert row is not None
+    return int(row[0])
 
 
 def discard(connection: Connection, dead_letter_id: int, note: str) -> None:

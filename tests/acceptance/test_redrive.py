@@ -9,7 +9,7 @@ import pytest
 
 from acceptance.conftest import StartRelay
 from support import command
-from support.dead_letters import dead_letters, ids_of, redrive, small, too_large
+from support.dead_letters import ask_for_redrive, dead_letters, ids_of, redrive, small, too_large
 from support.observing import readyz
 from support.waiting import wait_until
 from support.world import World, headers_of
@@ -54,18 +54,41 @@ def test_redrive(poisoned: World, start_relay: StartRelay) -> None:
     assert readyz(relay)["status"] == 200
 
 
+def test_who_asks_waits_for_the_outcome(poisoned: World, start_relay: StartRelay) -> None:
+    world = poisoned
+    for _ in range(2):
+        world.insert(small(world), payload=too_large())
+    relay = start_relay()
+    world.wait_until_confirmed()
+    verb, topic = ("dead-letters", "redrive"), f"outbox.{world.create_topic()}"
+    refused = command.run(world.environment, *verb, "1")
+    assert (refused.exit_code, refused.out) == (4, "")
+    assert f"dead letter 1 was refused again: topic outbox.{small(world)} refuses it" in refused.error
+    assert command.run(world.environment, *verb, "1", "99", "--topic", topic).exit_code == 2
+    assert {letter["state"] for letter in dead_letters(world)} == {"open"}, "all are asked for, or none"
+    done = command.run(world.environment, *verb, "1", "--topic", topic)
+    assert (done.exit_code, done.out) == (0, "dead letter 1 redriven\n")
+    relay.process.terminate()
+    relay.process.wait(20)
+    late = command.run(world.environment, *verb, "2", "--topic", topic, "--timeout", "1s")
+    assert late.exit_code == 4
+    assert "dead letter 2 was not redriven in time: does the relay run? Request 4 stands" in late.error
+    again = command.start(world.environment, *verb, "2", "--topic", topic)
+    start_relay()
+    assert again.communicate(timeout=30)[1].count("passed over: it is redriven") == 1, "the first request stood"
+    assert again.returncode == 4
+
+
 def test_a_redrive_waits_for_the_relay(poisoned: World, start_relay: StartRelay) -> None:
     """The request is in the log: it is carried out once, whenever the relay comes back."""
     world = poisoned
     event_id = world.insert(small(world), payload=too_large())
     relay_until_confirmed(world, start_relay)
     aggregate_type = world.create_topic()
-    done = command.run(world.environment, "dead-letters", "redrive", "1", "--topic", f"outbox.{aggregate_type}")
-    assert done.exit_code == 0
+    ask_for_redrive(world, 1, "--topic", f"outbox.{aggregate_type}")
     (letter,) = dead_letters(world)
     assert letter["state"] == "redriving"
-    again = command.run(world.environment, "dead-letters", "redrive", "1")
-    assert again.exit_code == 0, "the first request may have been lost with its slot"
+    ask_for_redrive(world, 1)  # the first request may have been lost with its slot
     for _ in range(2):
         relay_until_confirmed(world, start_relay)
         assert ids_of(world, aggregate_type, 1) == [event_id]
@@ -103,8 +126,7 @@ def test_a_redrive_is_carried_out_by_the_relay_of_its_slot(poisoned: World, star
     world.db.execute("SELECT pg_create_logical_replication_slot(%s, 'pgoutput')", [other])
     refused = command.run({**world.environment, "CDC_OUTBOX_POSTGRES__SLOT": other}, "dead-letters", "redrive", "1")
     assert (refused.exit_code, f"dead letter 1 is that of slot '{world.slot}'" in refused.error) == (2, True)
-    asked = command.run(world.environment, "dead-letters", "redrive", "1", "--topic", f"outbox.{aggregate_type}")
-    assert asked.exit_code == 0
+    ask_for_redrive(world, 1, "--topic", f"outbox.{aggregate_type}")
     start_relay(CDC_OUTBOX_POSTGRES__SLOT=other)
     query = "SELECT confirmed_flush_lsn > %s::pg_lsn FROM pg_replication_slots WHERE slot_name = %s"
     end = str(world.current_lsn())
@@ -129,7 +151,7 @@ def test_a_redrive_whose_request_waits_for_a_standby(poisoned: World, start_rela
             admin.execute(name.encode())
         try:
             environment = {**world.environment, "PGOPTIONS": "-c synchronous_commit=on"}
-            arguments = ("dead-letters", "redrive", "1", "--topic", f"outbox.{aggregate_type}")
+            arguments = ("dead-letters", "redrive", "--no-wait", "1", "--topic", f"outbox.{aggregate_type}")
             asked = pool.submit(command.run, environment, *arguments)
             assert set(ids_of(world, aggregate_type, 1)) == {event_id}
         finally:
@@ -167,8 +189,7 @@ def test_an_outcome_that_cannot_be_recorded_is_not_confirmed(poisoned: World, st
     world.wait_until_confirmed()
     aggregate_type = world.create_topic()
     world.db.execute("ALTER TABLE cdc_outbox.outcome ADD CONSTRAINT refused CHECK (result <> 'redriven')")
-    asked = command.run(world.environment, "dead-letters", "redrive", "1", "--topic", f"outbox.{aggregate_type}")
-    assert asked.exit_code == 0
+    ask_for_redrive(world, 1, "--topic", f"outbox.{aggregate_type}")
     assert relay.process.wait(20) == 3
     world.db.execute("ALTER TABLE cdc_outbox.outcome DROP CONSTRAINT refused")
     start_relay()

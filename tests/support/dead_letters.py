@@ -28,10 +28,15 @@ def ids_of(world: World, aggregate_type: str, count: int) -> list[str | None]:
     return [dict(headers_of(message))["id"] for message in world.read(aggregate_type, count)]
 
 
-def redrive(world: World, dead_letter_id: int, *arguments: str) -> None:
-    done = command.run(world.environment, "dead-letters", "redrive", str(dead_letter_id), *arguments)
+def ask_for_redrive(world: World, dead_letter_id: int, *arguments: str) -> None:
+    done = command.run(world.environment, "dead-letters", "redrive", str(dead_letter_id), "--no-wait", *arguments)
     assert done.exit_code == 0, done
     assert done.out == f"redrive of dead letter {dead_letter_id} requested\n"
+
+
+def redrive(world: World, dead_letter_id: int, *arguments: str) -> None:
+    """Whatever comes of it."""
+    ask_for_redrive(world, dead_letter_id, *arguments)
     world.wait_until_confirmed()
 
 
