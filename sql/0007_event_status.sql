@@ -6,6 +6,7 @@
 --   unknown    it cannot be told
 --   dead       it is a dead letter, and somebody must decide about it
 --   discarded  it was one, and nothing more is to be done about it
+--   denied     the policy keeps it inside
 --
 -- The view reads a function, and PostgreSQL reads the function's text when the view is queried. So you can ALTER,
 -- RENAME or DROP the outbox without dropping the view first. The planner puts that text in the function's place: an
@@ -85,8 +86,7 @@ LANGUAGE sql STABLE SET search_path = pg_catalog AS $$
                               ORDER BY id DESC LIMIT 1) AS letter
             ON true
          CROSS JOIN LATERAL (
-               SELECT CASE WHEN letter.state = 'discarded' THEN 'discarded'
-                           WHEN letter.state = 'dead' THEN 'dead'
+               SELECT CASE WHEN letter.state IN ('discarded', 'dead', 'denied') THEN letter.state
                            WHEN event.%2$I IS NULL THEN 'unknown'  -- it may be a dead letter: who could tell?
                            WHEN by_first.settled_at IS NOT NULL OR by_later.settled_at IS NOT NULL THEN 'published'
                            WHEN latest.since IS NOT NULL THEN 'pending'
@@ -121,7 +121,7 @@ BEGIN
     COMMENT ON FUNCTION cdc_outbox.event_status_rows() IS 'What event_status shows';
     CREATE OR REPLACE VIEW cdc_outbox.event_status AS SELECT * FROM cdc_outbox.event_status_rows();
     COMMENT ON VIEW cdc_outbox.event_status IS
-        'What became of each row: pending (will come), published, unknown (cannot be told), dead, discarded';
+        'What became of each row: pending (will come), published, unknown (cannot be told), dead, discarded, denied';
 END $$;
 
 COMMENT ON PROCEDURE cdc_outbox.make_event_status() IS 'Makes view event_status for the outboxes that are entered';

@@ -4,6 +4,7 @@
 --
 --   cdc_outbox_relay   logs in and streams. It needs no SELECT on the outbox and gets none. Be aware what REPLICATION
 --                      means in PostgreSQL: it may stream any table through any publication, and drop any slot.
+--   cdc_outbox_policy_admin  cannot log in; GRANT it to whoever may activate a policy.
 --   cdc_outbox_reader  cannot log in; GRANT it to whoever may read the relay's state: not the events, so of
 --                      parked ones everything but payload, key and headers, and of the outbox what event_status shows.
 --
@@ -21,6 +22,9 @@ DO $$
 BEGIN
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_reader') THEN
         CREATE ROLE cdc_outbox_reader NOLOGIN;
+    END IF;
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_policy_admin') THEN
+        CREATE ROLE cdc_outbox_policy_admin NOLOGIN;
     END IF;
     IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_relay') THEN
         CREATE ROLE cdc_outbox_relay LOGIN REPLICATION;
@@ -40,7 +44,7 @@ DECLARE
     entered record;
 BEGIN
     REVOKE ALL ON ALL TABLES IN SCHEMA cdc_outbox FROM PUBLIC;
-    FOREACH named IN ARRAY ARRAY['cdc_outbox_relay', 'cdc_outbox_reader'] LOOP
+    FOREACH named IN ARRAY ARRAY['cdc_outbox_relay', 'cdc_outbox_policy_admin', 'cdc_outbox_reader'] LOOP
         CONTINUE WHEN NOT EXISTS (SELECT FROM pg_roles WHERE rolname = named);
         EXECUTE format('REVOKE ALL ON SCHEMA cdc_outbox FROM %I', named);
         EXECUTE format('REVOKE ALL ON ALL TABLES IN SCHEMA cdc_outbox FROM %I', named);
@@ -63,18 +67,24 @@ BEGIN
 
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_relay') THEN
         GRANT SELECT, INSERT, UPDATE ON cdc_outbox.confirmation, cdc_outbox.parked TO cdc_outbox_relay;
-        GRANT SELECT, INSERT ON cdc_outbox.outcome TO cdc_outbox_relay;
+        GRANT SELECT, INSERT ON cdc_outbox.outcome, cdc_outbox.policy TO cdc_outbox_relay;
         GRANT SELECT, INSERT, DELETE ON cdc_outbox.settled, cdc_outbox.coverage, cdc_outbox.canary TO cdc_outbox_relay;
+    END IF;
+
+    IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_policy_admin') THEN
+        GRANT INSERT (slot, kind, body, reason), SELECT (id) ON cdc_outbox.request TO cdc_outbox_policy_admin;
+        GRANT SELECT ON cdc_outbox.policy, cdc_outbox.outcome TO cdc_outbox_policy_admin;
     END IF;
 
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_reader') THEN
         GRANT SELECT ON cdc_outbox.schema_migration, cdc_outbox.confirmation, cdc_outbox.settled, cdc_outbox.coverage,
-                        cdc_outbox.outbox, cdc_outbox.outcome, cdc_outbox.canary TO cdc_outbox_reader;
+                        cdc_outbox.outbox, cdc_outbox.outcome, cdc_outbox.policy, cdc_outbox.canary
+            TO cdc_outbox_reader;
         -- it may name a key in place of the event's
-        GRANT SELECT (id, slot, kind, parked_id, topic, principal, at) ON cdc_outbox.request TO cdc_outbox_reader;
+        GRANT SELECT (id, slot, kind, parked_id, topic, reason, principal, at) ON cdc_outbox.request TO cdc_outbox_reader;
         GRANT SELECT (id, system_identifier, slot, commit_lsn, ordinal, committed_at, event_id, aggregate_type,
-                      aggregate_id, event_type, topic, reason, detail, attempts, created_at, state, state_changed_at,
-                      state_changed_by, note)
+                      aggregate_id, event_type, topic, event_sha256, rule, rule_sha256, policy_sha256, reason, detail,
+                      attempts, created_at, state, state_changed_at, state_changed_by, note)
             ON cdc_outbox.parked TO cdc_outbox_reader;
         IF to_regclass('cdc_outbox.event_status') IS NOT NULL THEN
             GRANT SELECT ON cdc_outbox.event_status TO cdc_outbox_reader;

@@ -18,7 +18,7 @@ from cdc_outbox.cli.terminal import portable, print_field, printable
 from cdc_outbox.errors import CheckFailed
 from cdc_outbox.operations import dead_letters
 from cdc_outbox.operations.dead_letters import DeadLetter
-from cdc_outbox.operations.outcomes import await_outcome
+from cdc_outbox.operations.requests import await_outcome
 from cdc_outbox.postgres.connection import Connection, connect
 
 _ids = click.argument("ids", nargs=-1, required=True, type=int)
@@ -119,7 +119,7 @@ def _outcome(connection: Connection, dead_letter_id: int, request_id: int, until
         return ""
     if outcome.result == "refused":
         return f"dead letter {dead_letter_id} was refused again: {printable(outcome.detail)}"
-    return f"dead letter {dead_letter_id} was passed over: it is {outcome.state}, or being redriven"
+    return f"dead letter {dead_letter_id} was passed over: {outcome.detail}"
 
 
 @command.command()

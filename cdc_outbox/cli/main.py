@@ -32,7 +32,8 @@ _VERBS: Final = {
     "topics": "List the topics that events ask for; create those that are missing.",
     "dead-letters": "List, show, redrive or discard events that could not be published.",
     "inbox": "List, show, unpark or discard messages that a consumer could not handle.",
-    "policy": "Check the policy that decides what may go to Kafka.",
+    "holds": "List or show events that the policy keeps inside.",
+    "policy": "Check, activate or show the policy that decides what may go to Kafka.",
     "config": "Show the configuration that is in force.",
     "demo": "Show it all on this machine: PostgreSQL, Kafka, a writer, the relay, a verdict.",
 }

@@ -18,6 +18,7 @@ from cdc_outbox.cli.terminal import printable
 from cdc_outbox.config import Config
 from cdc_outbox.operations.dead_letters import count_waiting
 from cdc_outbox.operations.event_status import StuckRow, count_unknown, stuck_rows
+from cdc_outbox.operations.policy import Activation, in_force
 from cdc_outbox.postgres.catalog import find_table
 from cdc_outbox.postgres.connection import connect
 from cdc_outbox.postgres.slots import Slot, check_slot
@@ -46,12 +47,14 @@ def command(settings: Settings, *, as_json: bool, patience: timedelta | None) ->
     with connect(config.postgres.dsn.get_secret_value()) as connection:
         slot = check_slot(connection, config.postgres.slot)
         waiting = count_waiting(connection)
+        policy = in_force(connection, config.postgres.slot)
     relay = ask_readyz(config.http.listen, timeout_seconds=_TIMEOUT_SECONDS) if config.http.listen else None
     if as_json:
         shown = {**asdict(slot), "confirmed_lsn": str(slot.confirmed_lsn) if slot.confirmed_lsn is not None else None}
-        click.echo(orjson.dumps({"slot": shown, "relay": relay, "dead_letters": waiting}))
+        governed = {"sha256": policy.sha256, "lsn": policy.lsn, "at": policy.at} if policy else None
+        click.echo(orjson.dumps({"slot": shown, "relay": relay, "dead_letters": waiting, "policy": governed}))
     else:
-        _show(slot, relay, waiting, config)
+        _show(slot, relay, waiting, policy, config)
 
 
 def _show_stuck(config: Config, patience: timedelta, *, as_json: bool) -> None:
@@ -84,7 +87,9 @@ def _show_stuck_rows(count: int, rows: list[StuckRow]) -> None:
     click.echo(f"{count} stuck{more}")
 
 
-def _show(slot: Slot, relay: dict[str, Any] | None, waiting: int | None, config: Config) -> None:
+def _show(
+    slot: Slot, relay: dict[str, Any] | None, waiting: int | None, policy: Activation | None, config: Config
+) -> None:
     table = Table(show_header=False)
     table.add_row("slot", slot.name)
     table.add_row("held by", f"walsender {slot.active_pid}" if slot.active_pid else "[yellow]nobody[/]")
@@ -94,6 +99,9 @@ def _show(slot: Slot, relay: dict[str, Any] | None, waiting: int | None, config:
     table.add_row("WAL until lost", "unlimited" if slot.safe_bytes is None else _bytes(slot.safe_bytes))
     if waiting:
         table.add_row("dead letters", f"[yellow]{waiting}[/] wait for a decision: cdc-outbox dead-letters list")
+    if policy:
+        who = f"{(policy.sha256 or '')[:12]} since {policy.at:%Y-%m-%d %H:%M}, by {policy.principal}"
+        table.add_row("policy", escape(printable(who)))
     if relay is None:
         table.add_row("relay", f"[yellow]no answer at {config.http.listen or 'http.listen (turned off)'}[/]")
     else:

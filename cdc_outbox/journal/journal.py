@@ -10,24 +10,29 @@ Source: PostgreSQL manual, "Logical Replication Failover"; walsender.c (StandbyS
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import TYPE_CHECKING, Any, Final
 
-from cdc_outbox.errors import BrokenInvariant, PoisonEvent, ServerStopping
-from cdc_outbox.journal import parked
+from cdc_outbox.errors import BrokenInvariant, OperatorNeeded, PoisonEvent, ServerStopping
+from cdc_outbox.journal import parked, policies
 from cdc_outbox.journal.continuity import HEADROOM_BYTES, Continuity
 from cdc_outbox.journal.settlement import Settlement
 from cdc_outbox.postgres.connection import BoundedConnection, translated
 from cdc_outbox.postgres.publication import SentTable
 from cdc_outbox.postgres.slots import Slot
 from cdc_outbox.relay.headers import Headers
-from cdc_outbox.relay.requests import RedriveRequest
+from cdc_outbox.relay.pipeline import DeadLetter
+from cdc_outbox.relay.policy.binding import event_sha256
+from cdc_outbox.relay.requests import PolicyRequest, RedriveRequest
 from cdc_outbox.relay.router import Record
-from cdc_outbox.relay.stops import Parking
+from cdc_outbox.relay.stops import Denied, Parking
 from cdc_outbox.wal.lsn import LSN
 from cdc_outbox.wal.position import Position
+
+if TYPE_CHECKING:
+    from cdc_outbox.relay.policy.gate import Gates
 
 #: While events flow the note is renewed so often, so that it tells much even after a crash.
 _NOTE_EVERY_SECONDS: Final = 1.0
@@ -36,6 +41,13 @@ _STANDBYS_HAVE: Final = """
       FROM unnest(string_to_array(current_setting('synchronized_standby_slots'), ',')) AS name
       LEFT JOIN pg_replication_slots AS slot ON slot.slot_name = btrim(name, ' "')
 """
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyRefused:
+    """A policy that cannot govern; the one before stays in force."""
+
+    detail: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +61,7 @@ class NoJournal:
     """Keeps nothing and notes nothing: for `tail`, and for a database that has no schema cdc_outbox."""
 
     settled: Sequence[Position] = ()
+    gates: "Gates | None" = None
     started_at = LSN(0)
     written_lsn = LSN(0)
 
@@ -57,6 +70,12 @@ class NoJournal:
 
     def park(self, parking: Parking) -> bool:
         raise BrokenInvariant(f"event {parking.position} cannot be parked: there is no journal")
+
+    def deny(self, denied: Denied) -> bool:
+        raise BrokenInvariant(f"event {denied.position} cannot be denied: there is no journal")
+
+    def activate(self, request: PolicyRequest, position: Position) -> PolicyRefused:  # noqa: ARG002
+        return PolicyRefused("schema cdc_outbox is not installed, or not ours to read")
 
     def take(self, request: RedriveRequest) -> PassedOver:  # noqa: ARG002
         return PassedOver("not ours to read")
@@ -104,6 +123,8 @@ class Journal:
         self.settled: Sequence[Position] = parked.settled_since(
             connection, continuity.system_identifier, slot.name, confirmed
         )
+        #: of the policy in force where reading starts
+        self.gates = policies.in_force(connection, continuity.system_identifier, slot.name, before=self.started_at)
         self._is_failover = bool(slot.failover)
         #: end of the log after what was written last about an event, if standbys must have it before that is confirmed
         self.written_lsn = LSN(0)
@@ -111,31 +132,76 @@ class Journal:
     def park(self, parking: Parking) -> bool:
         """Keep an event that can never be published. False if it was kept before."""
         event, poison = parking.event, parking.poison
-        is_new = parked.put(
-            self._connection,
+        record = Record(event.topic or "", event.payload, event.key or b"", event.headers)
+        return self._put(
+            parking,
             {
-                "system_identifier": self._continuity.system_identifier,
-                "slot": self._slot,
-                "commit_lsn": str(LSN(parking.position.commit_lsn)),
-                "ordinal": parking.position.ordinal,
-                "committed_at": datetime.fromtimestamp(parking.commit_time_ms / 1000, UTC),
-                "event_id": event.event_id,
-                "aggregate_type": event.aggregate_type,
-                "aggregate_id": event.aggregate_id,
-                "event_type": event.event_type,
+                **_columns_of(record),
                 "topic": event.topic,
                 "key": event.key,
-                "headers": _headers_to_json(event.headers),
-                "payload": event.payload,
                 "reason": poison.reason,
                 "detail": poison.message,
                 "state": "dead",
             },
         )
+
+    def deny(self, denied: Denied) -> bool:
+        """Record what the policy keeps inside, and why. False if it was recorded before."""
+        ruling, action = denied.ruling, denied.ruling.action
+        columns = {
+            **_columns_of(denied.record),
+            "event_sha256": event_sha256(denied.record),
+            "rule": ruling.rule,
+            "rule_sha256": ruling.rule_sha256,
+            "policy_sha256": denied.policy_sha256,
+            "reason": "error" if ruling.is_error else "rule" if ruling.rule else "default",
+            "detail": ruling.explanation,
+            "state": "denied",
+        }
+        if getattr(action, "keep", "payload") == "hash":
+            columns["payload"] = None
+        return self._put(denied, columns)
+
+    def _put(self, stop: Parking | Denied, columns: Mapping[str, Any]) -> bool:
+        event = stop.event
+        is_new = parked.put(
+            self._connection,
+            {
+                "system_identifier": self._continuity.system_identifier,
+                "slot": self._slot,
+                "commit_lsn": str(LSN(stop.position.commit_lsn)),
+                "ordinal": stop.position.ordinal,
+                "committed_at": datetime.fromtimestamp(stop.commit_time_ms / 1000, UTC),
+                "event_id": event.event_id,
+                "aggregate_type": event.aggregate_type,
+                "aggregate_id": event.aggregate_id,
+                "event_type": event.event_type,
+                **columns,
+            },
+        )
         self._look_where_the_log_ends()
         return is_new
 
-    def take(self, request: RedriveRequest) -> Record | PassedOver | None:
+    def activate(self, request: PolicyRequest, position: Position) -> "Gates | PolicyRefused | None":
+        """What is to be judged by from ``position`` on; None if nothing is to change.
+
+        A request that comes once more after a crash has the outcome that it had.
+        """
+        if request.slot != self._slot:
+            return None
+        before = policies.outcome_of(self._connection, request.id)
+        gates = policies.compiled(request.source)
+        if isinstance(gates, str) and before == "activated":
+            raise OperatorNeeded(f"the policy of request {request.id} cannot be read any more: {gates}")
+        if isinstance(gates, str) or before == "refused":
+            refused = PolicyRefused(gates if isinstance(gates, str) else "it was refused before")
+            policies.refused(self._connection, request.id, refused.detail)
+            return refused
+        policies.activated(self._connection, self._continuity.system_identifier, request, position, gates.policy.sha256)
+        self._look_where_the_log_ends()
+        return gates
+
+    def take(self, request: RedriveRequest) -> DeadLetter | PassedOver | None:
         """What is to be published; None if the request is another relay's, or was carried out before a crash.
 
         Of the relay's own rows only: what else the requester wrote may not be visible yet.
@@ -144,14 +210,16 @@ class Journal:
             return None
         letter = parked.to_redrive(self._connection, request.dead_letter_id)
         state = letter["state"] if letter else "unknown"
-        if letter is None or state in ("redriven", "discarded") or request.dead_letter_id in self._in_flight:
-            parked.passed_over(self._connection, request.id, request.dead_letter_id)
+        if letter is None or state != "dead" or request.dead_letter_id in self._in_flight:
+            detail = "it is being redriven" if state == "dead" else f"it is {state}"
+            parked.passed_over(self._connection, request.id, request.dead_letter_id, detail)
             self._look_where_the_log_ends()
             return PassedOver(state)
         topic = request.topic or letter["topic"] or ""
         key = request.key if request.key is not None else letter["key"] or b""
         self._in_flight.add(request.dead_letter_id)
-        return Record(topic, letter["payload"], key, _headers_from_json(letter["headers"]))
+        record = Record(topic, letter["payload"], key, _headers_from_json(letter["headers"]))
+        return DeadLetter(record, *(_bytes(letter[column]) for column in ("event_id", "aggregate_type", "event_type")))
 
     def redrive_refused(self, request: RedriveRequest, poison: PoisonEvent) -> None:
         self._in_flight.discard(request.dead_letter_id)
@@ -214,6 +282,19 @@ class Journal:
 
     def _note(self, lsn: LSN, *, limit: LSN) -> None:
         self._continuity.note(self._connection, lsn, limit=limit, walsender_pid=self._walsender_pid)
+
+
+def _columns_of(record: Record) -> dict[str, Any]:
+    return {
+        "topic": record.topic,
+        "key": record.key,
+        "headers": _headers_to_json(record.headers),
+        "payload": record.value,
+    }
+
+
+def _bytes(text: str | None) -> bytes | None:
+    return None if text is None else text.encode()
 
 
 def _headers_to_json(headers: Headers) -> str:

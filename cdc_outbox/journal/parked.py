@@ -62,7 +62,9 @@ def to_redrive(connection: Connection, dead_letter_id: int) -> Row | None:
     with translated("reading cdc_outbox.parked", granting(connection, "SELECT ON cdc_outbox.parked")):
         cursor = connection.cursor(row_factory=dict_row)
         return cursor.execute(
-            "SELECT state, topic, key, headers, payload FROM cdc_outbox.parked WHERE id = %s", [dead_letter_id]
+            "SELECT state, event_id, aggregate_type, event_type, topic, key, headers, payload FROM cdc_outbox.parked"
+            " WHERE id = %s",
+            [dead_letter_id],
         ).fetchone()
 
 
@@ -72,9 +74,9 @@ def has_outcome(connection: Connection, request_id: int) -> bool:
         return connection.execute(query, [request_id]).rowcount == 1
 
 
-def passed_over(connection: Connection, request_id: int, dead_letter_id: int) -> None:
+def passed_over(connection: Connection, request_id: int, dead_letter_id: int, detail: str) -> None:
     with translated("recording that a redrive was passed over"):
-        _record(connection, {request_id: dead_letter_id}, "passed over")
+        _record(connection, {request_id: dead_letter_id}, "passed over", detail)
 
 
 def redriven(connection: Connection, requests: Mapping[int, int]) -> None:
@@ -90,7 +92,7 @@ def redriven(connection: Connection, requests: Mapping[int, int]) -> None:
 
 def refused_again(connection: Connection, request_id: int, dead_letter_id: int, *, reason: str, detail: str) -> None:
     with translated("recording a refused redrive"), connection.transaction():
-        _record(connection, {request_id: dead_letter_id}, "refused")
+        _record(connection, {request_id: dead_letter_id}, "refused", detail)
         connection.execute(
             "UPDATE cdc_outbox.parked SET attempts = attempts + 1, reason = %s, detail = %s,"
             " state_changed_at = now(), state_changed_by = current_user WHERE id = %s AND state = 'dead'",
@@ -98,9 +100,9 @@ def refused_again(connection: Connection, request_id: int, dead_letter_id: int, 
         )
 
 
-def _record(connection: Connection, requests: Mapping[int, int], result: str) -> None:
+def _record(connection: Connection, requests: Mapping[int, int], result: str, detail: str = "") -> None:
     connection.execute(
-        "INSERT INTO cdc_outbox.outcome (request_id, parked_id, result) SELECT request_id, parked_id, %s"
+        "INSERT INTO cdc_outbox.outcome (request_id, parked_id, result, detail) SELECT request_id, parked_id, %s, %s"
         " FROM unnest(%s::bigint[], %s::bigint[]) AS of (request_id, parked_id) ON CONFLICT DO NOTHING",
-        [result, list(requests), list(requests.values())],
+        [result, detail, list(requests), list(requests.values())],
     )

@@ -13,8 +13,9 @@ from typing import Any, Final, LiteralString, TypeVar
 import psycopg
 from psycopg.rows import class_row
 
-from cdc_outbox.errors import ConfigurationError, OperatorNeeded
-from cdc_outbox.postgres.connection import MIGRATE_HINT, READER, Connection, granting, translated
+from cdc_outbox.errors import ConfigurationError
+from cdc_outbox.operations.requests import check_heard
+from cdc_outbox.postgres.connection import READER, Connection, granting, translated
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +97,8 @@ def get(connection: Connection, dead_letter_id: int) -> WholeDeadLetter:
 
 
 def _only(kind: type[Letter], connection: Connection, columns: LiteralString, dead_letter_id: int) -> Letter:
-    letters = _select(kind, connection, columns, "WHERE id = %s", [dead_letter_id], _READ_EVENTS)
+    only = "WHERE id = %s AND state IN ('dead', 'redriven', 'discarded')"
+    letters = _select(kind, connection, columns, only, [dead_letter_id], _READ_EVENTS)
     if not letters:
         raise ConfigurationError(
             f"there is no dead letter {dead_letter_id}", hint="see: cdc-outbox dead-letters list --all"
@@ -117,6 +119,7 @@ def find(connection: Connection, wanted: Filter) -> list[DeadLetter]:
     clauses = [condition for condition, _ in given]
     if not wanted.settled_too:
         clauses.append("state = 'dead'")
+    clauses.append("state IN ('dead', 'redriven', 'discarded')")
     rest = f"WHERE {' AND '.join(clauses) or 'true'} ORDER BY committed_at, commit_lsn, ordinal"
     return _select(DeadLetter, connection, _SUMMARY, rest, [value for _, value in given])
 
@@ -145,7 +148,7 @@ def request_redrives(
     Touches nothing that the relay writes to. Raises OperatorNeeded if the relay would not hear of it,
     ConfigurationError if one is another relay's, if all is done about it, or it has no topic or key and none is given.
     """
-    _check_published(connection, publication)
+    check_heard(connection, publication)
     with connection.transaction():
         return {each: _request_redrive(connection, slot, each, topic=topic, key=key) for each in dead_letter_ids}
 
@@ -180,20 +183,6 @@ def discard(connection: Connection, dead_letter_id: int, note: str) -> None:
             "UPDATE cdc_outbox.parked SET state = 'discarded', note = %s, state_changed_at = now(),"
             " state_changed_by = current_user WHERE id = %s",
             [note, dead_letter_id],
-        )
-
-
-def _check_published(connection: Connection, publication: str) -> None:
-    with translated("looking at the publication"):
-        listed = connection.execute(
-            "SELECT FROM pg_publication_tables"
-            " WHERE pubname = %s AND schemaname = 'cdc_outbox' AND tablename = 'request'",
-            [publication],
-        ).rowcount
-    if not listed:
-        raise OperatorNeeded(
-            f"publication {publication!r} does not list cdc_outbox.request: the relay would not hear of it",
-            hint=MIGRATE_HINT,
         )
 
 

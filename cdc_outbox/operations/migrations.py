@@ -28,7 +28,7 @@ from cdc_outbox.postgres.slots import check_slot, check_whose_slot, create_slot_
 #: Any number, as long as every cdc-outbox uses the same one: 'cdcob' in ASCII.
 _ADVISORY_LOCK: Final = 0x6364636F62
 _TABLE_FILE: Final = "0002_outbox_table.sql"
-_PUBLICATION_FILE: Final = "0009_publication.sql"
+_PUBLICATION_FILE: Final = "0010_publication.sql"
 #: Tables of ours whose inserts the relay has to hear of.
 _HEARD_TABLES: Final = ("request", "canary")
 #: Roles and all rights to the relay's schema. Not one of the files in order: it comes after everything, each time.

@@ -32,6 +32,7 @@ _LEAST_MINOR: Final = {14: 140_018, 15: 150_013, 16: 160_009, 17: 170_005}
 _STATE_RIGHTS: Final = {
     "parked": "SELECT, INSERT, UPDATE",
     "outcome": "SELECT, INSERT",
+    "policy": "SELECT, INSERT",
     "confirmation": "SELECT, INSERT, UPDATE",
     "settled": "SELECT, INSERT, DELETE",
     "coverage": "SELECT, INSERT, DELETE",

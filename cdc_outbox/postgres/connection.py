@@ -109,8 +109,9 @@ _PASSING: Final = frozenset({"25006", "25P03", "25P04"})
 _PASSING_CLASSES: Final = ("08", "57", "53", "40", "58", "XX")
 #: May read all of the relay's state, but for what events say.
 READER: Final = "cdc_outbox_reader"
+POLICY_ADMIN: Final = "cdc_outbox_policy_admin"
 #: Whose rights are those of sql/roles.sql, and no others.
-OUR_ROLES: Final = ("cdc_outbox_relay", READER)
+OUR_ROLES: Final = ("cdc_outbox_relay", POLICY_ADMIN, READER)
 STATEMENT_TIMEOUT: Final = "5s"
 
 

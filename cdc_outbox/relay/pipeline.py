@@ -9,9 +9,21 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from cdc_outbox.errors import CdcOutboxError, MalformedStream, OperatorNeeded, PoisonEvent
-from cdc_outbox.relay.requests import REDRIVEN_HEADER, ReadRequest, RedriveRequest, compile_request_reader
-from cdc_outbox.relay.router import Record, Router, Routing, UnknownTopic
-from cdc_outbox.relay.stops import BATCH_FULL, DRAINED, DRY, FULL, NewTopic, Parking, RedriveRefused, Requested, Stop
+from cdc_outbox.relay.plans import Plans
+from cdc_outbox.relay.requests import REDRIVEN_HEADER, RedriveRequest
+from cdc_outbox.relay.router import Record, Routing, Ruled, UnknownTopic
+from cdc_outbox.relay.stops import (
+    BATCH_FULL,
+    DRAINED,
+    DRY,
+    FULL,
+    Denied,
+    NewTopic,
+    Parking,
+    RedriveRefused,
+    Requested,
+    Stop,
+)
 from cdc_outbox.relay.watermark import Batch, Watermark
 from cdc_outbox.wal import pgoutput
 from cdc_outbox.wal.frames import MESSAGE_START, XLOG_DATA, read_keepalive
@@ -19,7 +31,7 @@ from cdc_outbox.wal.lsn import LSN
 from cdc_outbox.wal.position import Position
 
 if TYPE_CHECKING:
-    from cdc_outbox.wal.row_plan import InsertFunction
+    from cdc_outbox.relay.policy.gate import Gates
 
 #: `feed` stops at the first transaction end at which the batch has this many events, for it to be closed.
 #: Small enough that little is resent after a crash, large enough that its cost vanishes.
@@ -50,40 +62,50 @@ class Publisher(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """What is known of an event that is to be published again."""
+
+    record: Record
+    event_id: bytes | None = None
+    aggregate_type: bytes | None = None
+    event_type: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class _Kept:
     """An event that has yet to be published: its Insert, or the request for it; its record as soon as it has one."""
 
     frame: bytes = b""
     request: RedriveRequest | None = None
     record: Record | None = None
+    letter: DeadLetter | None = None
 
 
 class Pipeline:
     """State of one replication stream. Thrown away with it: a late delivery report can then confirm nothing."""
 
     def __init__(
-        self, routing: Routing, publisher: Publisher, settled: Iterable[Position] = (), *, started_at: int = 0
+        self,
+        routing: Routing,
+        publisher: Publisher,
+        settled: Iterable[Position] = (),
+        *,
+        started_at: int = 0,
+        gates: "Gates | None" = None,
     ) -> None:
         """``settled``: events that the stream may bring once more, and that are kept durably since the first time.
 
-        ``started_at``: the LSN that the stream begins at; all before is settled.
+        ``started_at``: the LSN that the stream begins at; all before is settled. ``gates``: of the policy in force.
         """
         self._routers = routing.routers
-        self._strays = routing.strays
         self._encoding = routing.encoding
         self._known_topics = routing.known_topics
+        self._plans = Plans(routing, gates)
         self._publisher = publisher
         #: by commit LSN
         self._settled: dict[int, frozenset[int]] = {}
         for position in settled:
             self._settled[position.commit_lsn] = self._settled.get(position.commit_lsn, _NONE) | {position.ordinal}
-        #: by an Insert's head; None for tables that hold no events
-        self._plans: dict[bytes, InsertFunction | None] = {}
-        self._router_of: dict[bytes, Router] = {}
-        self._relations: dict[bytes, pgoutput.Relation] = {}
-        self._read_request: dict[bytes, ReadRequest] = {}
-        #: what Inserts that nobody routes are answered with, where they must not pass
-        self._refusals: dict[bytes, OperatorNeeded] = {}
         self._commit_time_ms = 0
         #: of the transaction being received; nearly always empty
         self._settled_ordinals = _NONE
@@ -129,7 +151,7 @@ class Pipeline:
         """
         if self._kept is not None and (stop := self._place(self._kept)):
             return stop
-        plans, head = {} if self._one_by_one else self._plans, pgoutput.INSERT_HEAD
+        plans, head = {} if self._one_by_one else self._plans.read, pgoutput.INSERT_HEAD
         publish = self._publisher.publish
         batch, commit_time_ms, ordinal = self.watermark.current, self._commit_time_ms, self._ordinal
         settled = self._settled_ordinals
@@ -152,7 +174,7 @@ class Pipeline:
                 continue
             try:
                 topic, value, key, headers = plan(frame, commit_time_ms)
-            except (CdcOutboxError, UnknownTopic) as error:
+            except (CdcOutboxError, UnknownTopic, Ruled) as error:
                 self._ordinal = ordinal
                 stop = self._not_placed(_Kept(frame), error)
                 break
@@ -185,10 +207,15 @@ class Pipeline:
         """After NewTopic: it is there."""
         self._known_topics.add(topic)
 
-    def redrive(self, request: RedriveRequest, record: Record) -> None:
-        """After Requested: publish ``record`` again, as an event of the transaction that asks for it."""
+    def govern(self, gates: "Gates") -> None:
+        """After Requested: judge by these from here on."""
+        self._plans.govern(gates)
+
+    def redrive(self, request: RedriveRequest, letter: DeadLetter) -> None:
+        """After Requested: publish it again, as an event of the transaction that asks for it."""
         header = (REDRIVEN_HEADER, b"%d" % request.dead_letter_id)
-        self._kept = _Kept(request=request, record=record._replace(headers=[*record.headers, header]))
+        record = letter.record._replace(headers=[*letter.record.headers, header])
+        self._kept = _Kept(request=request, record=record, letter=letter)
 
     def refuse(self, error: CdcOutboxError) -> Parking | RedriveRefused:
         """After Full, NewTopic: the event can not be published. Raises ``error`` if that is no fault of the event."""
@@ -203,15 +230,13 @@ class Pipeline:
         error = error.with_traceback(None)  # it holds whoever was publishing, down to the producer
         if kept.request:
             return RedriveRefused(kept.request, error)
-        head = kept.frame[pgoutput.INSERT_HEAD]
-        router = self._router_of[head]
         return Parking(
-            event=router.describe(self._relations[head], kept.frame, self._commit_time_ms),
+            event=self._plans.describe(kept.frame, self._commit_time_ms),
             position=self.reached,
             commit_time_ms=self._commit_time_ms,
             poison=error,
             refused_by=kept.record.topic if kept.record else "",
-            expendable=router.expendable,
+            expendable=self._plans.router_of(kept.frame).expendable,
         )
 
     def withdraw(self, error: CdcOutboxError) -> Parking | RedriveRefused:
@@ -232,9 +257,10 @@ class Pipeline:
             kept = kept if kept.record else replace(kept, record=self._route(kept.frame))
             assert kept.record is not None
             topic, value, key, headers = kept.record
-            if kept.request:
+            if kept.letter:
+                self._judge_again(kept.letter, kept.record)
                 self._routers[0].check(topic)
-        except (CdcOutboxError, UnknownTopic) as error:
+        except (CdcOutboxError, UnknownTopic, Ruled) as error:
             return self._not_placed(kept, error)
         batch = self.watermark.current
         batch.outstanding += 1
@@ -252,12 +278,35 @@ class Pipeline:
         return None
 
     def _route(self, frame: bytes) -> Record:
-        plan = self._plans[frame[pgoutput.INSERT_HEAD]]
+        plan = self._plans.read[frame[pgoutput.INSERT_HEAD]]
         assert plan is not None
         return Record(*plan(frame, self._commit_time_ms))
 
+    def _judge_again(self, letter: DeadLetter, record: Record) -> None:
+        """As an event of today's. Raises PoisonEvent if the policy does not allow it."""
+        if self._plans.gates is None:
+            return
+        types = (letter.aggregate_type, letter.event_type)
+        ruling = self._plans.gates.judge(types, letter.event_id, *record, self._commit_time_ms, "redrive")
+        if not ruling.is_allowed:
+            raise PoisonEvent(f"the policy does not allow it: {ruling.explanation}", reason="denied")
+
+    def _denied(self, frame: bytes, ruled: Ruled) -> Denied:
+        assert self._plans.gates is not None
+        return Denied(
+            event=self._plans.describe(frame, self._commit_time_ms),
+            position=self.reached,
+            commit_time_ms=self._commit_time_ms,
+            ruling=ruled.ruling,
+            policy_sha256=self._plans.gates.policy.sha256,
+            record=ruled.record,
+        )
+
     def _not_placed(self, kept: _Kept, error: BaseException) -> Stop:
         """Why, or raise it. The event is kept, and counted nowhere."""
+        if isinstance(error, Ruled):
+            self._kept = None
+            return self._denied(kept.frame, error)
         self._kept = kept
         if isinstance(error, BufferError):
             return FULL
@@ -288,43 +337,24 @@ class Pipeline:
         elif tag == pgoutput.INSERT:
             return self._insert(frame)
         elif tag == pgoutput.RELATION:
-            self._introduce(pgoutput.read_relation(frame, self._encoding))
+            self._plans.introduce(pgoutput.read_relation(frame, self._encoding))
         elif tag not in pgoutput.WITHOUT_EVENT:
             raise MalformedStream(f"unsupported pgoutput message {bytes([tag])!r}")
         return None
 
-    def _introduce(self, relation: pgoutput.Relation) -> None:
-        head = relation.insert_head
-        self._relations[head] = relation
-        self._plans[head] = None
-        self._refusals.pop(head, None)
-        self._read_request.pop(head, None)
-        for router in self._routers:
-            if plan := router.compile(relation):
-                self._plans[head], self._router_of[head] = plan.read, router
-        if self._plans[head] is None and (refusal := self._strays.refusal(relation)):
-            self._refusals[head] = refusal
-        try:
-            if read := compile_request_reader(relation, self._encoding):
-                self._read_request[head] = read
-        except OperatorNeeded as error:  # only once there is a request
-            self._refusals[head] = error
-
     def _insert(self, frame: bytes) -> Stop | None:
         """An Insert into a table that holds no events; while they are published one by one, any."""
         head = frame[pgoutput.INSERT_HEAD]
-        if head not in self._plans or not self.in_transaction:
+        if head not in self._plans.read or not self.in_transaction:
             raise MalformedStream("an Insert into a relation, or with a number of columns, that was not announced")
         self._ordinal += 1
-        if self._plans[head]:
+        if self._plans.read[head]:
             return None if self._ordinal in self._settled_ordinals else self._place(_Kept(frame))
         self._other_inserts += 1
-        if head in self._refusals:
-            raise self._refusals[head]
-        if head in self._read_request:
+        request = self._plans.request(frame)
+        if isinstance(request, RedriveRequest):
             self._other_inserts -= 1  # what it asks for is an event
-            return Requested(self._read_request[head](frame))
-        return None
+        return Requested(request) if request else None
 
     def _begin(self, frame: bytes) -> None:
         if self.open_commit_lsn:

@@ -15,7 +15,7 @@ from cdc_outbox.wal.row_plan import compile_insert_reader
 #: The header of an event that is published again; its value is the dead letter's id.
 REDRIVEN_HEADER: Final = "cdc-outbox-redriven"
 _REQUESTS: Final = ("cdc_outbox", "request")
-_COLUMNS: Final = ("id", "slot", "parked_id", "topic", "key")
+_COLUMNS: Final = ("id", "slot", "kind", "parked_id", "topic", "key", "body", "reason", "principal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,21 @@ class RedriveRequest:
     key: bytes | None
 
 
-#: Of an Insert frame.
-ReadRequest = Callable[[bytes], RedriveRequest]
+@dataclass(frozen=True, slots=True)
+class PolicyRequest:
+    """Judge by this policy from here on."""
+
+    id: int
+    slot: str
+    #: in UTF-8, as the file was
+    source: bytes
+    principal: str
+    reason: str
+
+
+Request = RedriveRequest | PolicyRequest
+#: Of an Insert frame; None for a kind of request that is not known here.
+ReadRequest = Callable[[bytes], Request | None]
 
 
 def compile_request_reader(relation: Relation, encoding: Encoding) -> ReadRequest | None:
@@ -47,14 +60,17 @@ def compile_request_reader(relation: Relation, encoding: Encoding) -> ReadReques
             hint="let the publication have the table without a column list",
         ) from error
 
-    def read_request(frame: bytes) -> RedriveRequest:
-        number, slot, parked_id, topic, key = read(frame)
-        return RedriveRequest(
-            int(number),
-            encoding.text(slot),
-            int(parked_id),
-            None if topic is None else encoding.text(topic),
-            None if key is None else encoding.text(key).encode(),
-        )
+    def text(stored: bytes | None) -> str | None:
+        return None if stored is None else encoding.text(stored)
+
+    def read_request(frame: bytes) -> Request | None:
+        number, slot, kind, parked_id, topic, key, body, reason, principal = read(frame)
+        if kind == b"redrive":
+            key = None if key is None else encoding.text(key).encode()
+            return RedriveRequest(int(number), encoding.text(slot), int(parked_id), text(topic), key)
+        if kind == b"policy":
+            source = encoding.text(body).encode()
+            return PolicyRequest(int(number), encoding.text(slot), source, text(principal) or "", text(reason) or "")
+        return None
 
     return read_request

@@ -1,12 +1,15 @@
 """Why the pipeline stopped: what the session has to do before it feeds the pipeline again."""
 
 from dataclasses import dataclass
-from typing import Final, TypeAlias
+from typing import TYPE_CHECKING, Final, TypeAlias
 
 from cdc_outbox.errors import PoisonEvent
-from cdc_outbox.relay.requests import RedriveRequest
-from cdc_outbox.relay.router import EventDescription
+from cdc_outbox.relay.requests import RedriveRequest, Request
+from cdc_outbox.relay.router import EventDescription, Record
 from cdc_outbox.wal.position import Position
+
+if TYPE_CHECKING:
+    from cdc_outbox.relay.policy.gate import Ruling
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +54,23 @@ class Parking:
 
 
 @dataclass(frozen=True, slots=True)
-class Requested:
-    """An operator asks for something; `Pipeline.redrive` carries it out, at this place of the stream."""
+class Denied:
+    """The policy keeps an event inside. It is settled once that is recorded durably."""
 
-    request: RedriveRequest
+    event: EventDescription
+    position: Position
+    commit_time_ms: int
+    ruling: "Ruling"
+    policy_sha256: bytes
+    #: as Kafka would have got it
+    record: Record
+
+
+@dataclass(frozen=True, slots=True)
+class Requested:
+    """An operator asks for something, at this place of the stream: `Pipeline.redrive`, or `Pipeline.govern`."""
+
+    request: Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +81,7 @@ class RedriveRefused:
     poison: PoisonEvent
 
 
-Stop: TypeAlias = Dry | Drained | BatchFull | Full | NewTopic | Parking | Requested | RedriveRefused
+Stop: TypeAlias = Dry | Drained | BatchFull | Full | NewTopic | Parking | Denied | Requested | RedriveRefused
 
 DRY: Final = Dry()
 DRAINED: Final = Drained()

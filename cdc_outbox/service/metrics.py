@@ -7,7 +7,7 @@ import bisect
 import math
 import time
 from collections.abc import Iterator
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Info, disable_created_metrics, generate_latest
 from prometheus_client.metrics_core import HistogramMetricFamily
@@ -17,6 +17,9 @@ from cdc_outbox import __version__
 from cdc_outbox.postgres.slots import Slot
 from cdc_outbox.relay.watermark import Batch
 from cdc_outbox.service.phases import STATES
+
+if TYPE_CHECKING:
+    from cdc_outbox.relay.policy.gate import Ruling
 
 #: As pg_replication_slots has it: fine, more than max_wal_size is kept, about to be lost, lost.
 WAL_STATUSES: Final = ("reserved", "extended", "unreserved", "lost")
@@ -63,6 +66,11 @@ class Metrics:
             "publish_failures", "Events that Kafka refused, by reason", ["topic", "reason"]
         )
         self.dead_letters = self._counter("dead_letters", "Events kept as dead letters", ["topic", "reason"])
+        self._verdicts = self._counter(
+            "policy_verdicts", "Events that the policy did not simply allow; no rule: its default", ["verdict", "rule"]
+        )
+        self._policy_errors = self._counter("policy_errors", "Events for which a rule could not be evaluated", ["rule"])
+        self._policy_info = self._gauge("policy_info", "1 for the policy in force", ("sha256",))
         self.reconnects = self._counter("reconnects", "Times a side was lost and connected to again", ["side"])
         self.slot_lag_bytes = self._gauge("slot_lag_bytes", "Server's WAL end minus the slot's confirmed LSN")
         self.slot_retained_bytes = self._gauge("slot_retained_bytes", "WAL the server keeps because of the slot")
@@ -114,6 +122,16 @@ class Metrics:
         elif math.isnan(self._canary_seen_at):
             self._canary_seen_at = time.time()
 
+    def judged(self, ruling: "Ruling") -> None:
+        self._verdicts.labels(ruling.action.verdict, ruling.rule).inc()
+        if ruling.is_error:
+            self._policy_errors.labels(ruling.rule).inc()
+
+    def policy_in_force(self, sha256: bytes | None) -> None:
+        self._policy_info.clear()
+        if sha256:
+            self._policy_info.labels(sha256.hex()).set(1)
+
     def slot_seen(self, slot: Slot | None) -> None:
         safe: float | None
         lag, retained, safe = (slot.lag_bytes, slot.retained_bytes, slot.safe_bytes) if slot else (None, None, None)
@@ -136,5 +154,5 @@ class Metrics:
     def _counter(self, name: str, text: str, labels: list[str]) -> Counter:
         return Counter(f"cdc_outbox_{name}", text, labels, registry=self.registry)
 
-    def _gauge(self, name: str, text: str) -> Gauge:
-        return Gauge(f"cdc_outbox_{name}", text, registry=self.registry)
+    def _gauge(self, name: str, text: str, labels: tuple[str, ...] = ()) -> Gauge:
+        return Gauge(f"cdc_outbox_{name}", text, labels, registry=self.registry)

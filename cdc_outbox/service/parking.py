@@ -1,19 +1,23 @@
-"""Parking: what the session does about events that can never be published, and about requests to try them again.
+"""Parking: what the session does about events that can not, or must not, be published, and about operators' requests.
 
 The configuration decides whether such an event is kept or ends the relay; the journal keeps it; log and metrics tell.
 """
 
 from collections.abc import Sequence
-from typing import Final, Protocol
+from typing import TYPE_CHECKING, Final, Protocol
 
 from cdc_outbox.errors import PoisonEvent, TopicRefused
-from cdc_outbox.journal.journal import PassedOver
-from cdc_outbox.relay.requests import RedriveRequest
-from cdc_outbox.relay.router import Record
-from cdc_outbox.relay.stops import Parking, RedriveRefused
+from cdc_outbox.journal.journal import PassedOver, PolicyRefused
+from cdc_outbox.relay.pipeline import DeadLetter
+from cdc_outbox.relay.requests import PolicyRequest, RedriveRequest
+from cdc_outbox.relay.stops import Denied, Parking, RedriveRefused
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.metrics import Metrics
 from cdc_outbox.wal.lsn import LSN
+from cdc_outbox.wal.position import Position
+
+if TYPE_CHECKING:
+    from cdc_outbox.relay.policy.gate import Gates
 
 _LONGEST_SHOWN: Final = 200
 
@@ -24,8 +28,12 @@ class SessionJournal(Protocol):
     @property
     def written_lsn(self) -> LSN: ...
     def standbys_have(self, lsn: LSN) -> bool: ...
+    @property
+    def gates(self) -> "Gates | None": ...
     def park(self, parking: Parking) -> bool: ...
-    def take(self, request: RedriveRequest) -> Record | PassedOver | None: ...
+    def deny(self, denied: Denied) -> bool: ...
+    def activate(self, request: PolicyRequest, position: Position) -> "Gates | PolicyRefused | None": ...
+    def take(self, request: RedriveRequest) -> DeadLetter | PassedOver | None: ...
     def redrive_refused(self, request: RedriveRequest, poison: PoisonEvent) -> None: ...
     def redriven(self, requests: Sequence[tuple[int, int]]) -> None: ...
     def confirming(self, lsn: LSN, *, carried: bool, last: bool = False) -> None: ...
@@ -57,14 +65,30 @@ class Parker:
             reason=poison.message,
         )
 
-    def take(self, request: RedriveRequest) -> Record | None:
+    def deny(self, denied: Denied) -> None:
+        """No line of the log for each: they may be many. The record says all."""
+        if self.journal.deny(denied):
+            self._metrics.judged(denied.ruling)
+
+    def activate(self, request: PolicyRequest, position: Position) -> "Gates | None":
+        """What is to be judged by from now on; None if nothing is to change."""
+        made = self.journal.activate(request, position)
+        if isinstance(made, PolicyRefused):
+            self._log.warning("policy_refused", reason=made.detail, principal=request.principal)
+            return None
+        if made is not None:
+            sha256 = made.policy.sha256.hex()
+            self._log.info("policy_in_force", sha256=sha256, lsn=str(LSN(position.commit_lsn)), by=request.principal)
+        return made
+
+    def take(self, request: RedriveRequest) -> DeadLetter | None:
         """What is to be published again; None if nothing is."""
         found = self.journal.take(request)
         if isinstance(found, PassedOver):
             self._log.warning("redrive_passed_over", dead_letter=request.dead_letter_id, state=found.state)
             return None
         if found:
-            self._log.info("redriving", dead_letter=request.dead_letter_id, topic=found.topic)
+            self._log.info("redriving", dead_letter=request.dead_letter_id, topic=found.record.topic)
         return found
 
     def refuse(self, refused: RedriveRefused) -> None:

@@ -169,12 +169,13 @@ class Relay:
         session = Session(
             stream,
             delivery,
-            Pipeline(routing, delivery, journal.settled, started_at=journal.started_at),
+            Pipeline(routing, delivery, journal.settled, started_at=journal.started_at, gates=journal.gates),
             parker,
             topics.require_for_event,
             self._shutdown,
             self.health,
         )
+        self._metrics.policy_in_force(None if journal.gates is None else journal.gates.policy.sha256)
         if self._suspected:
             session.suspect(self._suspected, delivery.isolate())
         try:

@@ -15,7 +15,18 @@ from cdc_outbox.kafka.delivery import Delivery
 from cdc_outbox.kafka.isolation import Isolation
 from cdc_outbox.postgres.stream import ReplicationStream
 from cdc_outbox.relay.pipeline import Pipeline
-from cdc_outbox.relay.stops import BatchFull, Drained, Dry, Full, NewTopic, Parking, RedriveRefused, Requested, Stop
+from cdc_outbox.relay.requests import RedriveRequest, Request
+from cdc_outbox.relay.stops import (
+    Denied,
+    Drained,
+    Dry,
+    Full,
+    NewTopic,
+    Parking,
+    RedriveRefused,
+    Requested,
+    Stop,
+)
 from cdc_outbox.service.health import Health
 from cdc_outbox.service.logs import get_logger
 from cdc_outbox.service.parking import Parker
@@ -152,21 +163,28 @@ class Session:
 
     def _act_on(self, stop: Stop) -> None:
         match stop:
-            case BatchFull():
-                pass  # closed by now
             case Full():
                 self._make_room()
             case NewTopic(topic):
                 self._look_for(topic)
+            case Requested(request):
+                self._carry_out(request)
             case Parking():
                 self._parker.park(stop)
-            case Requested(request):
-                if record := self._parker.take(request):
-                    self._pipeline.redrive(request, record)
+            case Denied():
+                self._parker.deny(stop)
             case RedriveRefused():
                 self._parker.refuse(stop)
-        if isinstance(stop, Parking | Requested | RedriveRefused):
+        if isinstance(stop, Parking | Denied | Requested | RedriveRefused):
             self._watermark.current.written_lsn = self._journal.written_lsn
+
+    def _carry_out(self, request: Request) -> None:
+        if isinstance(request, RedriveRequest):
+            if letter := self._parker.take(request):
+                self._pipeline.redrive(request, letter)
+        elif (gates := self._parker.activate(request, self._pipeline.reached)) is not None:
+            self._pipeline.govern(gates)
+            self._metrics.policy_in_force(gates.policy.sha256)
 
     def _make_room(self) -> None:
         """Wait until less is in flight. If nothing is, no room will come."""

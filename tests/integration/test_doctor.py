@@ -93,6 +93,7 @@ _STATE = (
     "USAGE ON SCHEMA cdc_outbox",
     "SELECT, INSERT, UPDATE ON cdc_outbox.parked",
     "SELECT, INSERT ON cdc_outbox.outcome",
+    "SELECT, INSERT ON cdc_outbox.policy",
     "SELECT, INSERT, UPDATE ON cdc_outbox.confirmation",
     "SELECT, INSERT, DELETE ON cdc_outbox.settled, cdc_outbox.coverage",
     "SELECT, INSERT, DELETE ON cdc_outbox.canary",

@@ -29,7 +29,8 @@ def test_the_relay_s_role_streams_the_outbox_and_can_read_no_table_but_its_own(e
     world = every_world
     world.db.execute("CREATE TABLE salaries (who text, how_much int)")
     world.migrate()
-    own = [f"cdc_outbox.{name}" for name in ("canary", "confirmation", "coverage", "outcome", "parked", "settled")]
+    names = ("canary", "confirmation", "coverage", "outcome", "parked", "policy", "settled")
+    own = [f"cdc_outbox.{name}" for name in names]
     assert readable(world, "cdc_outbox_relay") == own
     world.db.execute("ALTER ROLE cdc_outbox_relay PASSWORD 'pw'")
     dsn = conninfo.make_conninfo(world.dsn, user="cdc_outbox_relay", password="pw")

@@ -1,17 +1,21 @@
 """A pipeline without a world: an outbox's frames, a publisher that delivers when told, what the session would do."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from cdc_outbox.errors import CdcOutboxError, PoisonEvent
-from cdc_outbox.relay.pipeline import Pipeline
+from cdc_outbox.relay.pipeline import DeadLetter, Pipeline
+from cdc_outbox.relay.requests import RedriveRequest
 from cdc_outbox.relay.router import Outbox, Record, Router, Routing, Strays
-from cdc_outbox.relay.stops import Drained, Dry, Full, NewTopic, Parking, RedriveRefused, Requested, Stop
+from cdc_outbox.relay.stops import Denied, Drained, Dry, Full, NewTopic, Parking, RedriveRefused, Requested, Stop
 from cdc_outbox.relay.topic_template import TopicTemplate
 from cdc_outbox.wal.position import Position
 from support import frames
+
+if TYPE_CHECKING:
+    from cdc_outbox.relay.policy.gate import Gates
 
 OUTBOX = {"id": 2950, "aggregate_type": 25, "aggregate_id": 25, "event_type": 25, "payload": 114}
 
@@ -19,7 +23,17 @@ OUTBOX = {"id": 2950, "aggregate_type": 25, "aggregate_id": 25, "event_type": 25
 RELATION = frames.relation(7, "outbox", OUTBOX)
 
 
-REQUEST = {"id": 20, "slot": 25, "kind": 25, "parked_id": 20, "topic": 25, "key": 25}
+REQUEST = {
+    "id": 20,
+    "slot": 25,
+    "kind": 25,
+    "parked_id": 20,
+    "topic": 25,
+    "key": 25,
+    "body": 25,
+    "reason": 25,
+    "principal": 25,
+}
 
 
 class Refused(Exception):
@@ -68,6 +82,9 @@ class Driver:
         self.watermark = self.pipeline.watermark
         self.kept: list[Parking] = []
         self.refused: list[tuple[int, str]] = []
+        self.denied: list[Denied] = []
+        #: what a request for a policy puts in force
+        self.gates: Gates | None = None
         #: dead letters that may be asked for
         self.records: dict[int, Record] = {}
         #: what to do for want of room
@@ -92,9 +109,14 @@ class Driver:
                 self.pipeline.admit(topic)
             case Parking():
                 self.kept.append(stop)
-            case Requested(request):
+            case Requested(RedriveRequest() as request):
                 if record := self.records.get(request.dead_letter_id):
-                    self.pipeline.redrive(request, record)
+                    self.pipeline.redrive(request, DeadLetter(record))
+            case Requested():
+                if self.gates is not None:
+                    self.pipeline.govern(self.gates)
+            case Denied():
+                self.denied.append(stop)
             case RedriveRefused(request, poison):
                 self.refused.append((request.dead_letter_id, poison.reason))
 
@@ -111,7 +133,7 @@ def event(number: int) -> bytes:
 
 
 def redrive(number: int, dead_letter: int, topic: bytes | None = None) -> bytes:
-    return frames.insert(9, [b"%d" % number, b"s", b"redrive", b"%d" % dead_letter, topic, None])
+    return frames.insert(9, [b"%d" % number, b"s", b"redrive", b"%d" % dead_letter, topic, None, None, None, b"me"])
 
 
 def transaction(commit_lsn: int, *events: bytes) -> list[bytes]:

@@ -22,6 +22,8 @@ EVENTS = {
     "refused_only_together",
     "shutdown_deadline_passed",
     "slot_not_seen",
+    "policy_in_force",
+    "policy_refused",
     "stopped",
     # changes of state
     "starting",

@@ -10,6 +10,9 @@ from cdc_outbox.wal.lsn import LSN
 
 #: What others' alert rules and dashboards depend on.
 CONTRACT = {
+    "cdc_outbox_policy_errors": "counter",
+    "cdc_outbox_policy_info": "gauge",
+    "cdc_outbox_policy_verdicts": "counter",
     "cdc_outbox_events_published": "counter",
     "cdc_outbox_events_in_flight": "gauge",
     "cdc_outbox_commit_to_ack_seconds": "histogram",

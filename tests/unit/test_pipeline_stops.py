@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from cdc_outbox.errors import OperatorNeeded, PoisonEvent
+from cdc_outbox.relay.policy.document import read_policy
+from cdc_outbox.relay.policy.gate import Gates
 from cdc_outbox.relay.router import Record, Strays
 from cdc_outbox.relay.stops import NewTopic, Parking
+from cdc_outbox.wal.lsn import LSN
 from cdc_outbox.wal.position import Position
 from support import frames
 from support.pipeline import (
@@ -247,3 +250,41 @@ def test_a_row_that_nobody_routes_stops_the_stream_where_its_table_is_listed() -
     driver.feed([RELATION, stranger, *transaction(10)])
     with pytest.raises(OperatorNeeded, match=r"a row of table public\.stranger has come"):
         driver.feed(transaction(20, row))
+
+
+def activation(number: int) -> bytes:
+    return frames.insert(9, [b"%d" % number, b"s", b"policy", None, None, None, b"version = 1", b"why", b"me"])
+
+
+def test_a_policy_governs_what_comes_behind_it() -> None:
+    publisher = FakePublisher()
+    driver = make(publisher)
+    driver.gates = Gates(read_policy(b'version = 1\n[[rule]]\nid = "r"\nwhen = {topic = "x"}\nverdict = "allow"\n'))
+    requests = frames.relation(9, "request", REQUEST, namespace="cdc_outbox")
+    driver.feed([RELATION, requests, *transaction(10, event(1), activation(1), event(2)), *transaction(20, event(3))])
+    assert [record[1] for record in publisher.taken] == [b"{}"]
+    assert [denied.position for denied in driver.denied] == [Position(LSN(10), 3), Position(LSN(20), 1)]
+    assert {denied.ruling.rule for denied in driver.denied} == {""}
+    assert [denied.event.event_id for denied in driver.denied] == ["e2", "e3"]
+    publisher.deliver()
+    assert [batch.end_lsn for batch in driver.watermark.advance()] == [21]
+    assert driver.pipeline.acknowledged_events == 3
+
+
+def test_a_denied_event_is_found_denied_one_by_one_too() -> None:
+    publisher = FakePublisher()
+    driver = make(publisher)
+    driver.pipeline.govern(Gates(read_policy(b"version = 1")))
+    driver.pipeline.publish_one_by_one()
+    driver.feed([RELATION, *transaction(10, event(1), event(2))])
+    assert publisher.taken == []
+    assert len(driver.denied) == 2
+    assert driver.watermark.outstanding == 0
+
+
+def test_a_policy_needs_no_topic_to_deny() -> None:
+    driver = make(FakePublisher())
+    driver.pipeline.govern(Gates(read_policy(b"version = 1")))
+    driver.feed([RELATION, *transaction(10, frames.insert(7, [b"e", b"no topic", b"a", b"t", b"{}"]))])
+    assert driver.topics == []
+    assert [denied.record.topic for denied in driver.denied] == ["outbox.no topic"]

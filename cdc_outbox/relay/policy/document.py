@@ -145,6 +145,19 @@ class Policy:
     initiator: str | None
     sha256: bytes
 
+    @property
+    def beyond_this_version(self) -> str:
+        """What in it the relay cannot do yet; empty if it can do all."""
+        for name, action in [(rule.id, rule.action) for rule in self.rules] + [
+            ("default", self.default),
+            ("on_error", self.on_error),
+        ]:
+            if isinstance(action, Approve | Throttle):
+                return f"{name}: verdict {action.verdict} comes with a later version; this one can allow and deny"
+            if isinstance(action, Deny) and action.then == "freeze":
+                return f'{name}: then = "freeze" comes with a later version'
+        return ""
+
 
 @dataclass(frozen=True, slots=True)
 class Mistake:

@@ -6,7 +6,7 @@ never a word of the policy or of an event. The payload is parsed once, and only 
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from cdc_outbox.relay.headers import Headers
@@ -37,9 +37,17 @@ class Ruling:
     #: the rule could not be evaluated, and the action is that of ``on_error``
     is_error: bool = False
 
+    #: a field, not a property: it is asked for each event that has a gate
+    is_allowed: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "is_allowed", isinstance(self.action, Allow))
+
     @property
-    def is_allowed(self) -> bool:
-        return isinstance(self.action, Allow)
+    def explanation(self) -> str:
+        if self.is_error:
+            return f"rule {self.rule} could not be evaluated"
+        return f"rule {self.rule}" if self.rule else "no rule allows it"
 
 
 #: What remains to be asked once an event's types are known; of event id, topic, value, key, headers, commit time in
