@@ -70,6 +70,9 @@ class Metrics:
             "policy_verdicts", "Events that the policy did not simply allow; no rule: its default", ["verdict", "rule"]
         )
         self._policy_errors = self._counter("policy_errors", "Events for which a rule could not be evaluated", ["rule"])
+        self.requests_refused = self._counter(
+            "requests_refused", "Requests that the relay could not carry out", ["kind"]
+        )
         self._policy_info = self._gauge("policy_info", "1 for the policy in force", ("sha256",))
         self.reconnects = self._counter("reconnects", "Times a side was lost and connected to again", ["side"])
         self.slot_lag_bytes = self._gauge("slot_lag_bytes", "Server's WAL end minus the slot's confirmed LSN")

@@ -74,6 +74,7 @@ class Parker:
         """What is to be judged by from now on; None if nothing is to change."""
         made = self.journal.activate(request, position)
         if isinstance(made, PolicyRefused):
+            self._metrics.requests_refused.labels("policy").inc()
             self._log.warning("policy_refused", reason=made.detail, principal=request.principal)
             return None
         if made is not None:
@@ -93,6 +94,7 @@ class Parker:
 
     def refuse(self, refused: RedriveRefused) -> None:
         request, poison = refused.request, refused.poison
+        self._metrics.requests_refused.labels("redrive").inc()
         self._log.warning("redrive_refused", dead_letter=request.dead_letter_id, reason=poison.message)
         self.journal.redrive_refused(request, poison)
 

@@ -13,6 +13,7 @@ CONTRACT = {
     "cdc_outbox_policy_errors": "counter",
     "cdc_outbox_policy_info": "gauge",
     "cdc_outbox_policy_verdicts": "counter",
+    "cdc_outbox_requests_refused": "counter",
     "cdc_outbox_events_published": "counter",
     "cdc_outbox_events_in_flight": "gauge",
     "cdc_outbox_commit_to_ack_seconds": "histogram",
