@@ -1,6 +1,7 @@
-"""`cdc-outbox policy check|activate|show|log`: the policy between commit and dispatch."""
+"""`cdc-outbox policy check|test|activate|show|log`: the policy between commit and dispatch."""
 
 import time
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Final
@@ -9,6 +10,7 @@ import click
 import orjson
 from rich import box
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -18,13 +20,16 @@ from cdc_outbox.cli.terminal import print_field, printable
 from cdc_outbox.errors import CheckFailed
 from cdc_outbox.operations import policy
 from cdc_outbox.operations.policy import Activation, Checked
+from cdc_outbox.operations.policy_trial import Trial, try_on_rows
 from cdc_outbox.operations.requests import await_outcome
 from cdc_outbox.postgres.connection import Connection, connect
+from cdc_outbox.relay.policy.document import read_policy
 from cdc_outbox.service import logs
 
 _file = click.argument("file", type=click.Path(path_type=Path))
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 _UNCHANGED: Final = "what was in force before stays so; see: cdc-outbox policy log"
+_SAMPLES: Final = "the table shows rules and an event of each; --json more"
 _HINT: Final = "each mistake stands above, with its line"
 
 
@@ -80,6 +85,63 @@ def activate(settings: Settings, *, file: Path, reason: str, timeout: timedelta,
         if outcome.result != "activated":
             raise CheckFailed(f"policy {file} was refused: {printable(outcome.detail)}", hint=_UNCHANGED)
     click.echo(f"policy {checked.sha256} is in force")
+
+
+@command.command("test")
+@_file
+@click.option("--fail-on", type=click.Choice(["looser", "stricter"]), help="Exit with 4 if an event is treated so.")
+@_as_json
+@click.pass_obj
+def test_(settings: Settings, *, file: Path, fail_on: str | None, as_json: bool) -> None:
+    """Judge all rows of the outbox by a policy, and by the one in force beside it. Changes nothing.
+
+    What is throttled is simulated on commit times. Reads the outbox: needs a role with SELECT on it, which the relay's
+    own does not have.
+    """
+    source = policy.read_source(file)
+    checked = policy.check(file, source)
+    _say(checked)
+    _refuse_mistakes(checked, hint=_HINT)
+    console = Console(stderr=True)
+    with (
+        _connect(settings) as connection,
+        Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
+    ):
+        active = policy.in_force(connection, settings.config.postgres.slot)
+        task = bar.add_task("judging rows", total=None)
+        trial = try_on_rows(
+            connection,
+            settings.config,
+            read_policy(source),
+            read_policy((active.source or "").encode()) if active else None,
+            lambda rows: bar.update(task, completed=rows, description=f"judging rows: {rows:,}"),
+        )
+    if as_json:
+        click.echo(orjson.dumps({**asdict(trial), "stricter": trial.stricter, "looser": trial.looser}))
+    else:
+        _show_trial(trial, than="the policy in force" if active else "no policy")
+    if fail_on and (count := getattr(trial, fail_on)):
+        raise CheckFailed(f"{count} events are treated {fail_on} than now", hint=_SAMPLES)
+
+
+def _show_trial(trial: Trial, *, than: str) -> None:
+    table = Table(
+        "rule", "verdict", "events", "errors", "stricter", "looser", "e.g.", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for tally in sorted(trial.rules, key=lambda tally: -tally.events):
+        counts = (str(count or "") for count in (tally.events, tally.errors, tally.stricter, tally.looser))
+        sample = (tally.looser_samples or tally.samples)[0]
+        table.add_row(tally.rule or "(default)", tally.verdict, *counts, Text(printable(sample), overflow="ellipsis"))
+    if trial.rules:
+        Console().print(table)
+    for tally in trial.rules:
+        if tally.verdict == "throttle":
+            longest = f"{tally.longest_wait_seconds:.0f} s at most"
+            click.echo(f"{tally.rule}: {tally.waiting} would wait, {longest}; {tally.denied} would be denied")
+    for rule, count in trial.watched.items():
+        click.echo(f"{rule}: would take {count} (mode watch)")
+    unroutable = f"; {trial.unroutable} could never be published" if trial.unroutable else ""
+    click.echo(f"{trial.rows:,} rows: {trial.stricter} stricter, {trial.looser} looser than {than}{unroutable}")
 
 
 @command.command()

@@ -74,8 +74,8 @@ class NoJournal:
     def deny(self, denied: Denied) -> bool:
         raise BrokenInvariant(f"event {denied.position} cannot be denied: there is no journal")
 
-    def activate(self, request: PolicyRequest, position: Position) -> PolicyRefused:  # noqa: ARG002
-        return PolicyRefused("schema cdc_outbox is not installed, or not ours to read")
+    def activate(self, request: PolicyRequest, position: Position) -> None:
+        """Nothing is judged."""
 
     def take(self, request: RedriveRequest) -> PassedOver:  # noqa: ARG002
         return PassedOver("not ours to read")

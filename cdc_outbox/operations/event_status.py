@@ -16,8 +16,8 @@ from cdc_outbox.postgres.connection import MIGRATE_HINT, READER, Connection, enc
 
 #: More rows than this nobody reads; the count says how many there are.
 _MOST_STUCK_SHOWN: Final = 100
-#: Text that may be none, see `encodings`.
-_AS_STORED: Final = sql.SQL("convert_to(event.{}::text, getdatabaseencoding()::name)")
+#: Of a column of ``event``: text that may be none, see `encodings`.
+AS_STORED: Final = sql.SQL("convert_to(event.{}::text, getdatabaseencoding()::name)")
 #: The outbox is not what it was when the view was made.
 _VIEW_HINTS: Final = dict.fromkeys(("42P01", "42703", "42P13", "42804"), MIGRATE_HINT)
 #: date, timestamp, timestamptz (pg_type.dat): of another type, created_at may count anything from anywhere
@@ -55,6 +55,17 @@ class StuckRow:
     """Since it was committed, or created where the server does not track that; None if the table does not tell."""
 
 
+def commit_time(connection: Connection, table: Table) -> sql.Composable:
+    """When a row, ``event``, was committed; created where the server does not track that; NULL if neither is known."""
+    with translated("reading track_commit_timestamp"):
+        tracked = connection.execute("SELECT current_setting('track_commit_timestamp')::bool").fetchone() == (True,)
+    if tracked:
+        return sql.SQL("pg_xact_commit_timestamp(event.xmin)")
+    if table.columns.get("created_at") in _TIMES:
+        return sql.SQL("event.created_at::timestamptz")
+    return sql.SQL("NULL::timestamptz")
+
+
 def stuck_rows(
     connection: Connection, table: Table, columns: ColumnsConfig, slot: str, *, patience: timedelta
 ) -> tuple[int, list[StuckRow]]:
@@ -66,13 +77,7 @@ def stuck_rows(
     names = {field: sql.Identifier(column) for field, column in columns.of(table.columns).items()}
     rights = granting(connection, READER, f"SELECT ON {table.identifier.as_string()}", schema=table.namespace)
     with translated(f"looking for stuck rows in {table}", rights):
-        tracked = connection.execute("SELECT current_setting('track_commit_timestamp')::bool").fetchone() == (True,)
-        if tracked:
-            committed = sql.SQL("pg_xact_commit_timestamp(event.xmin)")
-        elif table.columns.get("created_at") in _TIMES:
-            committed = sql.SQL("event.created_at::timestamptz")
-        else:
-            committed = sql.SQL("NULL::timestamptz")
+        committed = commit_time(connection, table)
         rows = connection.execute(
             sql.SQL(
                 """
@@ -102,7 +107,7 @@ def stuck_rows(
                 patience=sql.SQL("{}::interval").format(patience),
                 most=_MOST_STUCK_SHOWN,
                 id=names["id"],
-                **{f"shown_{field}": _AS_STORED.format(names[field]) for field in ("id", "aggregate_id", "event_type")},
+                **{f"shown_{field}": AS_STORED.format(names[field]) for field in ("id", "aggregate_id", "event_type")},
             )
         ).fetchall()
     encoding = encoding_of(connection)

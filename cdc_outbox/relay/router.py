@@ -239,10 +239,10 @@ class Router:
             body += [
                 f"gate = gates[{judged_type}, {{event_type}}]",
                 "if gate is not None:",
-                f" event = names[({topic_values})], {value}, {{aggregate_id}}, headers",
-                " ruling = gate({id}, *event, commit_time_ms, 'outbox')",
+                f" topic, value = names[({topic_values})], {value}",
+                " ruling = gate({id}, topic, value, {aggregate_id}, headers, commit_time_ms, 'outbox')",
                 " if not ruling.is_allowed:",
-                "  raise ruled(ruling, *event)",
+                "  raise ruled(ruling, topic, value, {aggregate_id}, headers)",
             ]
         body.append(f"return topics[({topic_values})], {value}, {{aggregate_id}}, headers")
         # One generated function an event: with calls of reader and header maker it was 1.33 instead of 1.09 µs.

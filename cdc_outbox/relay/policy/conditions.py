@@ -113,6 +113,9 @@ def _text_test(operator: str, operand: Any, field: str) -> Check:
         raise ValueError(f"{field} is text, and {wrong[0]!r} is not: write it in quotes")
     if field == "origin" and (strange := [each for each in constants if each not in ORIGINS]):
         raise ValueError(f"unknown origin {strange[0]!r} ({', '.join(ORIGINS)})")
+    if operator in ("is", "in", "eq"):
+        globs = operator == "is" and any("*" in constant for constant in constants)
+        return _matches_one_of(constants) if globs else frozenset(constants).__contains__
     test = _comparison(operator, operand)
     if operator == "ne":
         return lambda value: value is None or test(value)
@@ -232,8 +235,13 @@ def _any_of(constants: list[_Scalar]) -> Callable[[Any], bool]:
     plain = _equals_one_of([each for each in constants if each not in globs])
     if not globs:
         return plain
+    matches = _matches_one_of(globs)
+    return lambda value: plain(value) or (type(value) is str and matches(value))
+
+
+def _matches_one_of(globs: list[str]) -> Callable[[str | None], bool]:
     matches = re.compile("|".join(map(glob_as_regex, globs)), re.DOTALL).fullmatch
-    return lambda value: plain(value) or (type(value) is str and matches(value) is not None)
+    return lambda value: value is not None and matches(value) is not None
 
 
 def glob_as_regex(glob: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any, Final
 from cdc_outbox.relay.headers import Headers
 from cdc_outbox.relay.policy.conditions import Condition, all_of, parse_payload, value_at
 from cdc_outbox.relay.policy.document import Action, Allow, Approve, Policy, Rule
+from cdc_outbox.relay.router import Record
 
 #: Pairs of types that are remembered. Types come from rows: who writes rows decides how many there are.
 _MAX_GATES: Final = 10_000
@@ -70,6 +71,10 @@ class Gates(dict[Types, Gate | None]):
         self.watched: dict[str, int] = {rule.id: 0 for rule in policy.rules if rule.is_watched}
         self.watch_errors: dict[str, int] = dict(self.watched)
 
+    def __bool__(self) -> bool:
+        """A policy is one, also before the first event has come."""
+        return True
+
     def __missing__(self, types: Types) -> Gate | None:
         if len(self) >= _MAX_GATES:
             self.clear()
@@ -99,7 +104,7 @@ class Gates(dict[Types, Gate | None]):
 
 
 def text(value: bytes | None) -> str | None:
-    return None if value is None else value.decode(errors="replace")
+    return None if value is None else str(value, "utf-8", "replace")
 
 
 def header(headers: Headers, wanted: str) -> str | None:
@@ -107,6 +112,22 @@ def header(headers: Headers, wanted: str) -> str | None:
         if name == wanted:
             return text(value)
     return None
+
+
+def field_of(name: str, types: Types, event_id: bytes | None, record: Record) -> str | None:
+    """One of an event's text fields."""
+    match name:
+        case "aggregate_type":
+            return text(types[0])
+        case "event_type":
+            return text(types[1])
+        case "event_id":
+            return text(event_id)
+        case "aggregate_id":
+            return text(record.key)
+        case "topic":
+            return record.topic
+    return header(record.headers, name.removeprefix("headers."))
 
 
 def _can_never_match(rule: Rule, types: Mapping[str, str | None]) -> bool:
@@ -154,6 +175,15 @@ class _Function:
         if plain:
             self._lines.append(f"if {' and '.join(plain)}:")
             indent = " "
+        if rule.is_watched:
+            name = self._name(rule.id)
+            take, give_up = f"watched[{name}] += 1", f"errors[{name}] += 1"
+        else:
+            error = Ruling(self._policy.on_error, rule.id, rule.sha256, is_error=True)
+            take, give_up = f"return {self._name(ruling)}", f"return {self._name(error)}"
+        if not (unclear or unless or initiator):
+            self._lines.append(f"{indent}{take}")
+            return False
         if any(each.payload_path for each in (*when, *unless)):
             self._lines.append(f"{indent}document = document or (parse(value),)")
         self._lines.append(f"{indent}answer = all_of({', '.join(unclear)})")
@@ -164,12 +194,6 @@ class _Function:
             ]
         if initiator:
             self._lines.append(f"{indent}answer = answer and ({self._value(initiator)} is not None or None)")
-        if rule.is_watched:
-            name = self._name(rule.id)
-            take, give_up = f"watched[{name}] += 1", f"errors[{name}] += 1"
-        else:
-            error = Ruling(self._policy.on_error, rule.id, rule.sha256, is_error=True)
-            take, give_up = f"return {self._name(ruling)}", f"return {self._name(error)}"
         self._lines += [f"{indent}if answer:", f"{indent} {take}"]
         self._lines += [f"{indent}elif answer is None:", f"{indent} {give_up}"]
         return False

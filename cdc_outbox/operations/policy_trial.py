@@ -1,0 +1,210 @@
+"""What a policy would say of every row that the outbox still has, beside what the one in force says.
+
+Each row becomes the Insert that the log would bring, and goes through the relay's own row plan and gates: there is no
+second way to judge.
+"""
+
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from psycopg import sql
+
+from cdc_outbox.config import Config
+from cdc_outbox.errors import CdcOutboxError
+from cdc_outbox.operations.event_status import AS_STORED, commit_time
+from cdc_outbox.postgres.catalog import Table
+from cdc_outbox.postgres.connection import READER, Connection, encoding_of, granting, translated
+from cdc_outbox.relay.policy.document import Policy, Throttle
+from cdc_outbox.relay.policy.gate import Gates, Ruling, field_of
+from cdc_outbox.relay.policy.throttle import Slots
+from cdc_outbox.relay.router import Outbox, Record, Router
+from cdc_outbox.relay.topic_template import TopicTemplate
+from cdc_outbox.service.preflight import find_outbox
+from cdc_outbox.wal.frames import MESSAGE_START, XLOG_DATA
+from cdc_outbox.wal.pgoutput import Column, Relation
+from cdc_outbox.wal.row_plan import compile_insert_reader
+
+_MOST_SAMPLES: Final = 5
+_REPORT_EVERY_ROWS: Final = 5_000
+#: From the least to the most that is kept inside.
+_STRICTNESS: Final = ("allow", "throttle", "approve", "deny")
+_HEADER: Final = bytes([XLOG_DATA]).ljust(MESSAGE_START, b"\0")
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one rule of the candidate takes; an empty rule is the policy's default. Samples are ids of events."""
+
+    rule: str
+    verdict: str
+    events: int = 0
+    #: of them, those for which the rule could not be evaluated
+    errors: int = 0
+    #: of them, those that the policy in force treats less, or more, strictly
+    stricter: int = 0
+    looser: int = 0
+    #: of a rule that throttles: those that would wait, those denied because they would wait too long, the longest wait
+    waiting: int = 0
+    denied: int = 0
+    longest_wait_seconds: float = 0.0
+    samples: list[str] = field(default_factory=list)
+    looser_samples: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Trial:
+    """``unroutable``: rows that could never be published, whatever a policy says."""
+
+    rows: int = 0
+    unroutable: int = 0
+    rules: list[Tally] = field(default_factory=list)
+    #: by rule in mode watch, events that it would have taken
+    watched: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def looser(self) -> int:
+        return sum(tally.looser for tally in self.rules)
+
+    @property
+    def stricter(self) -> int:
+        return sum(tally.stricter for tally in self.rules)
+
+
+def try_on_rows(
+    connection: Connection, config: Config, candidate: Policy, active: Policy | None, progress: Callable[[int], None]
+) -> Trial:
+    """``active``: the one in force; without one every event is allowed. ``progress`` is told how many rows were judged.
+
+    In commit order, as far as the server knows it. Raises OperatorNeeded if the role may not read the outbox.
+    """
+    topic = TopicTemplate(config.kafka.topic, config.kafka.topic_pattern)
+    table = find_outbox(config, connection, topic)
+    judges = _Judges(candidate, active)
+    reader = _Reader(connection, config, table, topic)
+    trial = Trial()
+    for event in reader.events():
+        trial.rows += 1
+        if event is None:
+            trial.unroutable += 1
+        else:
+            judges.judge(event)
+        if trial.rows % _REPORT_EVERY_ROWS == 0:
+            progress(trial.rows)
+    trial.rules, trial.watched = list(judges.tallies.values()), judges.candidate.watched
+    return trial
+
+
+@dataclass(frozen=True, slots=True)
+class _Event:
+    types: tuple[bytes | None, bytes | None]
+    event_id: bytes | None
+    record: Record
+    commit_time_ms: int
+
+
+class _Reader:
+    """Reads rows as the relay would get them."""
+
+    def __init__(self, connection: Connection, config: Config, table: Table, topic: TopicTemplate) -> None:
+        self._connection = connection
+        self._table = table
+        encoding = encoding_of(connection)
+        outbox = Outbox(table.namespace, table.name, config.outbox.columns.mapping())
+        columns = tuple(Column(name, type_oid) for name, type_oid in table.columns.items())
+        relation = Relation(table.oid, table.namespace, table.name, columns)
+        source = f"/postgresql/{connection.info.dbname}/{table}"
+        router = Router(outbox, topic, config.kafka.headers, source, _EveryTopic(), encoding)
+        plan = router.compile(relation)
+        assert plan is not None  # the table is the outbox
+        self._plan = plan.read
+        named = [outbox.column(name, table.columns) for name in ("aggregate_type", "event_type", "id")]
+        self._read = compile_insert_reader(relation, [name for name in named if name])
+        self._has_type = named[0] is not None
+        self._to_utf8 = encoding.to_utf8
+        self._head = _HEADER + relation.insert_head
+
+    def events(self) -> Iterator[_Event | None]:
+        """None for a row that could never be published."""
+        committed = commit_time(self._connection, self._table)
+        query = sql.SQL(
+            "COPY (SELECT (extract(epoch FROM coalesce({committed}, now())) * 1000)::bigint::text::bytea, {columns}"
+            " FROM {table} AS event ORDER BY {committed}) TO STDOUT (FORMAT binary)"
+        ).format(
+            committed=committed,
+            columns=sql.SQL(", ").join(AS_STORED.format(sql.Identifier(name)) for name in self._table.columns),
+            table=self._table.identifier,
+        )
+        identifier = self._table.identifier.as_string()
+        rights = granting(self._connection, READER, f"SELECT ON {identifier}", schema=self._table.namespace)
+        with translated(f"reading {self._table}", rights), self._connection.cursor().copy(query) as copy:
+            copy.set_types(["bytea"] * (len(self._table.columns) + 1))
+            for commit_time_ms, *values in copy.rows():
+                yield self._event(self._head + b"".join(map(_value, values)), int(commit_time_ms))
+
+    def _event(self, frame: bytes, commit_time_ms: int) -> _Event | None:
+        try:
+            record = Record(*self._plan(frame, commit_time_ms))
+            aggregate_type, event_type, event_id = map(self._to_utf8, self._of(frame))
+        except CdcOutboxError:
+            return None
+        return _Event((aggregate_type, event_type), event_id, record, commit_time_ms)
+
+    def _of(self, frame: bytes) -> Sequence[bytes | None]:
+        values = self._read(frame)
+        return values if self._has_type else (None, *values)
+
+
+class _Judges:
+    def __init__(self, candidate: Policy, active: Policy | None) -> None:
+        self.candidate = Gates(candidate)
+        self._active = Gates(active) if active else None
+        #: by rule and verdict
+        self.tallies: dict[tuple[str, str], Tally] = {}
+        self._slots: dict[str, Slots] = {}
+
+    def judge(self, event: _Event) -> None:
+        ruling = self._ruling(self.candidate, event)
+        verdict = ruling.action.verdict
+        before = self._ruling(self._active, event).action.verdict if self._active else "allow"
+        key = (ruling.rule, verdict)
+        tally = self.tallies.get(key) or self.tallies.setdefault(key, Tally(ruling.rule, verdict))
+        tally.events += 1
+        tally.errors += ruling.is_error
+        event_id = (event.event_id or b"").decode(errors="replace")
+        if len(tally.samples) < _MOST_SAMPLES:
+            tally.samples.append(event_id)
+        tally.stricter += _STRICTNESS.index(verdict) > _STRICTNESS.index(before)
+        if _STRICTNESS.index(verdict) < _STRICTNESS.index(before):
+            tally.looser += 1
+            if len(tally.looser_samples) < _MOST_SAMPLES:
+                tally.looser_samples.append(event_id)
+        if isinstance(ruling.action, Throttle):
+            self._throttle(tally, ruling.action, event)
+
+    def _ruling(self, gates: Gates, event: _Event) -> Ruling:
+        return gates.judge(event.types, event.event_id, *event.record, event.commit_time_ms, "outbox")
+
+    def _throttle(self, tally: Tally, action: Throttle, event: _Event) -> None:
+        slots = self._slots.get(tally.rule) or self._slots.setdefault(tally.rule, Slots(action.rate))
+        key = tuple(field_of(name, event.types, event.event_id, event.record) for name in action.by)
+        wait = slots.wait_seconds(key, event.commit_time_ms / 1000)
+        if action.max_wait is not None and wait > action.max_wait:
+            slots.give_back(key)
+            tally.denied += 1
+            return
+        tally.waiting += wait > 0
+        tally.longest_wait_seconds = max(tally.longest_wait_seconds, wait)
+
+
+class _EveryTopic:
+    """Contains them all: whether a topic is there is another question."""
+
+    def __contains__(self, topic: object) -> bool:
+        return True
+
+
+def _value(value: bytes | None) -> bytes:
+    """As in an Insert."""
+    return b"n" if value is None else b"t" + struct.pack("!I", len(value)) + value
