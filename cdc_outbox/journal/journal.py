@@ -10,7 +10,7 @@ Source: PostgreSQL manual, "Logical Replication Failover"; walsender.c (StandbyS
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -71,8 +71,8 @@ class NoJournal:
     def park(self, parking: Parking) -> bool:
         raise BrokenInvariant(f"event {parking.position} cannot be parked: there is no journal")
 
-    def deny(self, denied: Denied) -> bool:
-        raise BrokenInvariant(f"event {denied.position} cannot be denied: there is no journal")
+    def deny(self, denied: Sequence[Denied]) -> None:
+        raise BrokenInvariant(f"event {denied[0].position} cannot be denied: there is no journal")
 
     def activate(self, request: PolicyRequest, position: Position) -> None:
         """Nothing is judged."""
@@ -133,9 +133,10 @@ class Journal:
         """Keep an event that can never be published. False if it was kept before."""
         event, poison = parking.event, parking.poison
         record = Record(event.topic or "", event.payload, event.key or b"", event.headers)
-        return self._put(
-            parking,
+        is_new = parked.put(
+            self._connection,
             {
+                **self._identity(parking),
                 **_columns_of(record),
                 "topic": event.topic,
                 "key": event.key,
@@ -144,43 +145,27 @@ class Journal:
                 "state": "dead",
             },
         )
-
-    def deny(self, denied: Denied) -> bool:
-        """Record what the policy keeps inside, and why. False if it was recorded before."""
-        ruling, action = denied.ruling, denied.ruling.action
-        columns = {
-            **_columns_of(denied.record),
-            "event_sha256": event_sha256(denied.record),
-            "rule": ruling.rule,
-            "rule_sha256": ruling.rule_sha256,
-            "policy_sha256": denied.policy_sha256,
-            "reason": "error" if ruling.is_error else "rule" if ruling.rule else "default",
-            "detail": ruling.explanation,
-            "state": "denied",
-        }
-        if getattr(action, "keep", "payload") == "hash":
-            columns["payload"] = None
-        return self._put(denied, columns)
-
-    def _put(self, stop: Parking | Denied, columns: Mapping[str, Any]) -> bool:
-        event = stop.event
-        is_new = parked.put(
-            self._connection,
-            {
-                "system_identifier": self._continuity.system_identifier,
-                "slot": self._slot,
-                "commit_lsn": str(LSN(stop.position.commit_lsn)),
-                "ordinal": stop.position.ordinal,
-                "committed_at": datetime.fromtimestamp(stop.commit_time_ms / 1000, UTC),
-                "event_id": event.event_id,
-                "aggregate_type": event.aggregate_type,
-                "aggregate_id": event.aggregate_id,
-                "event_type": event.event_type,
-                **columns,
-            },
-        )
         self._look_where_the_log_ends()
         return is_new
+
+    def deny(self, denied: Sequence[Denied]) -> None:
+        """Record what the policy keeps inside, and why."""
+        parked.put_all(self._connection, [{**self._identity(each), **_ruled_columns(each)} for each in denied])
+        self._look_where_the_log_ends()
+
+    def _identity(self, stop: Parking | Denied) -> dict[str, Any]:
+        event = stop.event
+        return {
+            "system_identifier": self._continuity.system_identifier,
+            "slot": self._slot,
+            "commit_lsn": str(LSN(stop.position.commit_lsn)),
+            "ordinal": stop.position.ordinal,
+            "committed_at": datetime.fromtimestamp(stop.commit_time_ms / 1000, UTC),
+            "event_id": event.event_id,
+            "aggregate_type": event.aggregate_type,
+            "aggregate_id": event.aggregate_id,
+            "event_type": event.event_type,
+        }
 
     def activate(self, request: PolicyRequest, position: Position) -> "Gates | PolicyRefused | None":
         """What is to be judged by from ``position`` on; None if nothing is to change.
@@ -291,6 +276,23 @@ def _columns_of(record: Record) -> dict[str, Any]:
         "headers": _headers_to_json(record.headers),
         "payload": record.value,
     }
+
+
+def _ruled_columns(denied: Denied) -> dict[str, Any]:
+    ruling = denied.ruling
+    columns = {
+        **_columns_of(denied.record),
+        "event_sha256": event_sha256(denied.record),
+        "rule": ruling.rule,
+        "rule_sha256": ruling.rule_sha256,
+        "policy_sha256": denied.policy_sha256,
+        "reason": "error" if ruling.is_error else "rule" if ruling.rule else "default",
+        "detail": ruling.explanation,
+        "state": "denied",
+    }
+    if getattr(ruling.action, "keep", "payload") == "hash":
+        columns["payload"] = None
+    return columns
 
 
 def _bytes(text: str | None) -> bytes | None:

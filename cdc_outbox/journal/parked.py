@@ -4,8 +4,8 @@ Over the relay's own connection; it has no right to what operators write (sql/00
 in `operations.dead_letters`.
 """
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import psycopg
@@ -19,27 +19,44 @@ from cdc_outbox.wal.position import Position
 Row = dict[str, Any]
 
 
-def put(connection: BoundedConnection, columns: Mapping[str, Any]) -> bool:
+def put(connection: BoundedConnection, columns: Row) -> bool:
     """Keep an event; durable when it returns. False if it is there already: its identity is unique.
 
     It never fails on what the event is: text that this database cannot hold is kept escaped, and a large one is given
     the time that it takes.
     """
-    statement = sql.SQL(
+    with translated("writing to cdc_outbox.parked"), _patience(connection, [columns]):
+        try:
+            return connection.execute(_insert(columns), columns).rowcount == 1
+        except psycopg.DataError:
+            escaped = {name: _escaped(value) for name, value in columns.items()}
+            return connection.execute(_insert(columns), escaped).rowcount == 1
+
+
+def put_all(connection: BoundedConnection, rows: Sequence[Row]) -> None:
+    """As ``put``, all in one transaction; rows have the same columns."""
+    with translated("writing to cdc_outbox.parked"), _patience(connection, rows):
+        try:
+            with connection.transaction():
+                connection.cursor().executemany(_insert(rows[0]), rows)
+        except psycopg.DataError:
+            for row in rows:
+                put(connection, row)
+
+
+def _insert(columns: Row) -> sql.Composed:
+    return sql.SQL(
         "INSERT INTO cdc_outbox.parked ({}) VALUES ({})"
         " ON CONFLICT (system_identifier, slot, commit_lsn, ordinal) DO NOTHING"
     ).format(
         sql.SQL(", ").join(map(sql.Identifier, columns)),
         sql.SQL(", ").join(map(sql.Placeholder, columns)),
     )
-    megabytes = len(columns["payload"] or b"") // 1_000_000
-    patience = connection.allowing(seconds=5 + megabytes) if megabytes else nullcontext()
-    with translated("writing to cdc_outbox.parked"), patience:
-        try:
-            return connection.execute(statement, columns).rowcount == 1
-        except psycopg.DataError:
-            escaped = {name: _escaped(value) for name, value in columns.items()}
-            return connection.execute(statement, escaped).rowcount == 1
+
+
+def _patience(connection: BoundedConnection, rows: Sequence[Row]) -> AbstractContextManager[None]:
+    megabytes = sum(len(row["payload"] or b"") for row in rows) // 1_000_000
+    return connection.allowing(seconds=5 + megabytes) if megabytes else nullcontext()
 
 
 def _escaped(value: Any) -> Any:

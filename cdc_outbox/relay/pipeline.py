@@ -291,10 +291,13 @@ class Pipeline:
         if not ruling.is_allowed:
             raise PoisonEvent(f"the policy does not allow it: {ruling.explanation}", reason="denied")
 
-    def _denied(self, frame: bytes, ruled: Ruled) -> Denied:
+    def _denied(self, ruled: Ruled) -> Denied:
         assert self._plans.gates is not None
+        batch = self.watermark.current
+        batch.outstanding += 1
         return Denied(
-            event=self._plans.describe(frame, self._commit_time_ms),
+            event=ruled.event,
+            batch=batch,
             position=self.reached,
             commit_time_ms=self._commit_time_ms,
             ruling=ruled.ruling,
@@ -306,7 +309,7 @@ class Pipeline:
         """Why, or raise it. The event is kept, and counted nowhere."""
         if isinstance(error, Ruled):
             self._kept = None
-            return self._denied(kept.frame, error)
+            return self._denied(error)
         self._kept = kept
         if isinstance(error, BufferError):
             return FULL

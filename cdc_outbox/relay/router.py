@@ -10,7 +10,7 @@ from binascii import unhexlify
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from dataclasses import field as dataclass_field
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from cdc_outbox.errors import MalformedStream, OperatorNeeded, PoisonEvent
 from cdc_outbox.relay.headers import HEADER_CODE, Headers, HeaderStyle, cloudevents_maker, own_headers
@@ -63,12 +63,20 @@ class EventDescription:
 
 
 class Ruled(Exception):
-    """The policy does not let ``record`` pass. Caught by the pipeline."""
+    """The policy does not let an event pass. Caught by the pipeline."""
 
-    def __init__(self, ruling: "Ruling", *record: object) -> None:
+    def __init__(self, ruling: "Ruling", ids: tuple[bytes | None, bytes | None, bytes | None], *record: Any) -> None:
+        """``ids``: event id, aggregate type, event type."""
         super().__init__(ruling.rule)
         self.ruling = ruling
-        self.record = Record(*record)  # type: ignore[arg-type]
+        self.record = Record(*record)
+        event_id, aggregate_type, event_type = map(_text, ids)
+        self.event = EventDescription(
+            event_id=event_id,
+            aggregate_type=aggregate_type,
+            aggregate_id=_text(self.record.key),
+            event_type=event_type,
+        )
 
 
 class UnknownTopic(Exception):
@@ -242,7 +250,8 @@ class Router:
                 f" topic, value = names[({topic_values})], {value}",
                 " ruling = gate({id}, topic, value, {aggregate_id}, headers, commit_time_ms, 'outbox')",
                 " if not ruling.is_allowed:",
-                "  raise ruled(ruling, topic, value, {aggregate_id}, headers)",
+                f"  ids = {{id}}, {judged_type}, {{event_type}}",
+                "  raise ruled(ruling, ids, topic, value, {aggregate_id}, headers)",
             ]
         body.append(f"return topics[({topic_values})], {value}, {{aggregate_id}}, headers")
         # One generated function an event: with calls of reader and header maker it was 1.33 instead of 1.09 µs.

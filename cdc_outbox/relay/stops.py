@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Final, TypeAlias
 from cdc_outbox.errors import PoisonEvent
 from cdc_outbox.relay.requests import RedriveRequest, Request
 from cdc_outbox.relay.router import EventDescription, Record
+from cdc_outbox.relay.watermark import Batch
 from cdc_outbox.wal.position import Position
 
 if TYPE_CHECKING:
@@ -55,9 +56,11 @@ class Parking:
 
 @dataclass(frozen=True, slots=True)
 class Denied:
-    """The policy keeps an event inside. It is settled once that is recorded durably."""
+    """The policy keeps an event inside. It is outstanding in ``batch`` until that is recorded durably."""
 
+    #: no more than the event's ids and types
     event: EventDescription
+    batch: Batch
     position: Position
     commit_time_ms: int
     ruling: "Ruling"

@@ -3,6 +3,7 @@
 The configuration decides whether such an event is kept or ends the relay; the journal keeps it; log and metrics tell.
 """
 
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Final, Protocol
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from cdc_outbox.relay.policy.gate import Gates
 
 _LONGEST_SHOWN: Final = 200
+#: What the policy denies is recorded in one statement: at so many events, so many bytes, or so much later.
+_MOST_DENIED: Final = 500
+_MOST_DENIED_BYTES: Final = 4_000_000
+_RECORD_AFTER_SECONDS: Final = 0.02
 
 
 class SessionJournal(Protocol):
@@ -31,7 +36,7 @@ class SessionJournal(Protocol):
     @property
     def gates(self) -> "Gates | None": ...
     def park(self, parking: Parking) -> bool: ...
-    def deny(self, denied: Denied) -> bool: ...
+    def deny(self, denied: Sequence[Denied]) -> None: ...
     def activate(self, request: PolicyRequest, position: Position) -> "Gates | PolicyRefused | None": ...
     def take(self, request: RedriveRequest) -> DeadLetter | PassedOver | None: ...
     def redrive_refused(self, request: RedriveRequest, poison: PoisonEvent) -> None: ...
@@ -45,6 +50,10 @@ class Parker:
         self.journal = journal
         self._metrics = metrics
         self._keeps = keeps
+        #: denied, and not recorded yet; since when, monotonic seconds
+        self._denied: list[Denied] = []
+        self._denied_bytes = 0
+        self._denied_since = 0.0
         self._log = get_logger()
 
     def park(self, parking: Parking) -> None:
@@ -66,9 +75,27 @@ class Parker:
         )
 
     def deny(self, denied: Denied) -> None:
-        """No line of the log for each: they may be many. The record says all."""
-        if self.journal.deny(denied):
+        """Recorded with others, see ``flush``. No line of the log for each: they may be many."""
+        self._denied_since = self._denied_since or time.monotonic()
+        self._denied.append(denied)
+        self._denied_bytes += len(denied.record.value or b"")
+        if len(self._denied) >= _MOST_DENIED or self._denied_bytes >= _MOST_DENIED_BYTES:
+            self.flush()
+
+    def flush_if_due(self) -> None:
+        if self._denied and time.monotonic() - self._denied_since >= _RECORD_AFTER_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Record what the policy denied. It is settled then, and counted out of its batch."""
+        if not self._denied:
+            return
+        self.journal.deny(self._denied)
+        for denied in self._denied:
+            denied.batch.outstanding -= 1
+            denied.batch.written_lsn = self.journal.written_lsn
             self._metrics.judged(denied.ruling)
+        self._denied, self._denied_bytes, self._denied_since = [], 0, 0.0
 
     def activate(self, request: PolicyRequest, position: Position) -> "Gates | None":
         """What is to be judged by from now on; None if nothing is to change."""

@@ -168,6 +168,7 @@ class Session:
             case NewTopic(topic):
                 self._look_for(topic)
             case Requested(request):
+                self._parker.flush()  # a request is carried out behind all that came before it
                 self._carry_out(request)
             case Parking():
                 self._parker.park(stop)
@@ -175,7 +176,7 @@ class Session:
                 self._parker.deny(stop)
             case RedriveRefused():
                 self._parker.refuse(stop)
-        if isinstance(stop, Parking | Denied | Requested | RedriveRefused):
+        if isinstance(stop, Parking | Requested | RedriveRefused):
             self._watermark.current.written_lsn = self._journal.written_lsn
 
     def _carry_out(self, request: Request) -> None:
@@ -242,6 +243,7 @@ class Session:
         return not self._pipeline.in_transaction
 
     def _input_ran_dry(self) -> None:
+        self._parker.flush()
         if self._delivery.in_flight:
             self._delivery.flush(_FLUSH_SECONDS)
         self._settle()
@@ -268,6 +270,7 @@ class Session:
 
     def _drain(self, timeout_seconds: float) -> None:
         """Wait until nothing is in flight, at most ``timeout_seconds``; and for a moment until standbys have all."""
+        self._parker.flush()
         deadline = time.monotonic() + timeout_seconds
         while self._delivery.in_flight and (left := deadline - time.monotonic()) > 0:
             self._delivery.flush(min(0.1, left))
@@ -300,7 +303,8 @@ class Session:
             raise _DeadlinePassed
 
     def _settle(self) -> None:
-        """Let the watermark move over what Kafka has acknowledged, or over what the server skipped while we idle."""
+        """Let the watermark move over what is settled, or over what the server skipped while we idle."""
+        self._parker.flush_if_due()
         for batch in self._watermark.advance():
             if batch.redriven:
                 self._journal.redriven(batch.redriven)

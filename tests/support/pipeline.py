@@ -117,6 +117,7 @@ class Driver:
                     self.pipeline.govern(self.gates)
             case Denied():
                 self.denied.append(stop)
+                stop.batch.outstanding -= 1  # recorded
             case RedriveRefused(request, poison):
                 self.refused.append((request.dead_letter_id, poison.reason))
 
