@@ -1,7 +1,7 @@
-"""`cdc-outbox policy check|test|activate|show|log`: the policy between commit and dispatch."""
+"""`cdc-outbox policy check|test|activate|show|log|explain`: the policy between commit and dispatch."""
 
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Final
@@ -17,13 +17,15 @@ from rich.text import Text
 from cdc_outbox.cli.duration import waiting
 from cdc_outbox.cli.main import Settings
 from cdc_outbox.cli.terminal import print_field, printable
-from cdc_outbox.errors import CheckFailed
+from cdc_outbox.errors import CheckFailed, ConfigurationError
 from cdc_outbox.operations import policy
 from cdc_outbox.operations.policy import Activation, Checked
-from cdc_outbox.operations.policy_trial import Trial, try_on_rows
+from cdc_outbox.operations.policy_trial import Trial, find_event, try_on_rows
 from cdc_outbox.operations.requests import await_outcome
 from cdc_outbox.postgres.connection import Connection, connect
+from cdc_outbox.relay.policy.conditions import ORIGINS
 from cdc_outbox.relay.policy.document import read_policy
+from cdc_outbox.relay.policy.explain import Explanation, explain
 from cdc_outbox.service import logs
 
 _file = click.argument("file", type=click.Path(path_type=Path))
@@ -142,6 +144,50 @@ def _show_trial(trial: Trial, *, than: str) -> None:
         click.echo(f"{rule}: would take {count} (mode watch)")
     unroutable = f"; {trial.unroutable} could never be published" if trial.unroutable else ""
     click.echo(f"{trial.rows:,} rows: {trial.stricter} stricter, {trial.looser} looser than {than}{unroutable}")
+
+
+@command.command("explain")
+@click.argument("event_id")
+@click.option("--file", type=click.Path(path_type=Path), help="By this policy instead of the one in force.")
+@click.option("--origin", type=click.Choice(ORIGINS), default="outbox", show_default=True, help="As if it came so.")
+@_as_json
+@click.pass_obj
+def explain_(settings: Settings, *, event_id: str, file: Path | None, origin: str, as_json: bool) -> None:
+    """Say why an event of the outbox is judged as it is: each condition of each rule up to the one that decides.
+
+    Needs a role with SELECT on the outbox.
+    """
+    with _connect(settings) as connection:
+        found = policy.in_force(connection, settings.config.postgres.slot) if file is None else None
+        event = find_event(connection, settings.config, event_id)
+    if file is None and found is None:
+        raise ConfigurationError("no policy is in force", hint="name one with --file")
+    source = policy.read_source(file) if file else (found.source or "").encode() if found else b""
+    checked = policy.check(file or Path("the policy in force"), source)
+    _say(checked)
+    _refuse_mistakes(checked, hint=_HINT)
+    read = read_policy(source)
+    told = list(explain(read, replace(event, origin=origin)))
+    if as_json:
+        click.echo(
+            orjson.dumps({"rules": told, "default": None if told and told[-1].decides else read.default.verdict})
+        )
+        return
+    for each in told:
+        _show_explanation(each, read.on_error.verdict)
+    if not told or not told[-1].decides:
+        click.echo(f"no rule decides: {read.default.verdict}")
+
+
+def _show_explanation(told: Explanation, on_error: str) -> None:
+    said = {True: "matches", False: "does not match", None: "cannot be evaluated"}[told.matches]
+    then = {True: told.verdict, False: "", None: f"{on_error} (on_error)"}[told.matches]
+    watch = " (mode watch)" if told.is_watched else ""
+    click.echo(f"{told.line}: rule {told.rule}{watch} {said}{f': {then}' if then else ''}")
+    for answer in told.answers:
+        mark = {True: "yes", False: "no", None: "?"}[answer.holds]
+        wanted = orjson.dumps(answer.wanted, default=str).decode()
+        click.echo(printable(f"    {mark:>3}  {answer.clause} {answer.field} = {wanted}"))
 
 
 @command.command()

@@ -12,11 +12,12 @@ from typing import Final
 from psycopg import sql
 
 from cdc_outbox.config import Config
-from cdc_outbox.errors import CdcOutboxError
+from cdc_outbox.errors import CdcOutboxError, ConfigurationError
 from cdc_outbox.operations.event_status import AS_STORED, commit_time
 from cdc_outbox.postgres.catalog import Table
 from cdc_outbox.postgres.connection import READER, Connection, encoding_of, granting, translated
 from cdc_outbox.relay.policy.document import Policy, Throttle
+from cdc_outbox.relay.policy.explain import Judged
 from cdc_outbox.relay.policy.gate import Gates, Ruling, field_of
 from cdc_outbox.relay.policy.throttle import Slots
 from cdc_outbox.relay.router import Outbox, Record, Router
@@ -96,12 +97,15 @@ def try_on_rows(
     return trial
 
 
-@dataclass(frozen=True, slots=True)
-class _Event:
-    types: tuple[bytes | None, bytes | None]
-    event_id: bytes | None
-    record: Record
-    commit_time_ms: int
+def find_event(connection: Connection, config: Config, event_id: str) -> Judged:
+    """A row of the outbox, as the policy gets it. Raises ConfigurationError if it is not there, or is poison."""
+    topic = TopicTemplate(config.kafka.topic, config.kafka.topic_pattern)
+    table = find_outbox(config, connection, topic)
+    found = list(_Reader(connection, config, table, topic).events(event_id))
+    if not found or found[0] is None:
+        what = "could never be published" if found else f"is not in {table}"
+        raise ConfigurationError(f"event {event_id!r} {what}", hint="its id is that of the outbox's row")
+    return found[0]
 
 
 class _Reader:
@@ -119,19 +123,23 @@ class _Reader:
         plan = router.compile(relation)
         assert plan is not None  # the table is the outbox
         self._plan = plan.read
+        self._id = sql.Identifier(outbox.column("id", table.columns) or "id")
         named = [outbox.column(name, table.columns) for name in ("aggregate_type", "event_type", "id")]
         self._read = compile_insert_reader(relation, [name for name in named if name])
         self._has_type = named[0] is not None
         self._to_utf8 = encoding.to_utf8
         self._head = _HEADER + relation.insert_head
 
-    def events(self) -> Iterator[_Event | None]:
-        """None for a row that could never be published."""
+    def events(self, event_id: str | None = None) -> Iterator[Judged | None]:
+        """All, or those with this id; None for a row that could never be published."""
         committed = commit_time(self._connection, self._table)
         query = sql.SQL(
             "COPY (SELECT (extract(epoch FROM coalesce({committed}, now())) * 1000)::bigint::text::bytea, {columns}"
-            " FROM {table} AS event ORDER BY {committed}) TO STDOUT (FORMAT binary)"
+            " FROM {table} AS event WHERE {wanted} ORDER BY {committed}) TO STDOUT (FORMAT binary)"
         ).format(
+            wanted=sql.SQL("true")
+            if event_id is None
+            else sql.SQL("format('%s', event.{}) = {}").format(self._id, event_id),
             committed=committed,
             columns=sql.SQL(", ").join(AS_STORED.format(sql.Identifier(name)) for name in self._table.columns),
             table=self._table.identifier,
@@ -143,13 +151,13 @@ class _Reader:
             for commit_time_ms, *values in copy.rows():
                 yield self._event(self._head + b"".join(map(_value, values)), int(commit_time_ms))
 
-    def _event(self, frame: bytes, commit_time_ms: int) -> _Event | None:
+    def _event(self, frame: bytes, commit_time_ms: int) -> Judged | None:
         try:
             record = Record(*self._plan(frame, commit_time_ms))
             aggregate_type, event_type, event_id = map(self._to_utf8, self._of(frame))
         except CdcOutboxError:
             return None
-        return _Event((aggregate_type, event_type), event_id, record, commit_time_ms)
+        return Judged((aggregate_type, event_type), event_id, record, commit_time_ms)
 
     def _of(self, frame: bytes) -> Sequence[bytes | None]:
         values = self._read(frame)
@@ -164,7 +172,7 @@ class _Judges:
         self.tallies: dict[tuple[str, str], Tally] = {}
         self._slots: dict[str, Slots] = {}
 
-    def judge(self, event: _Event) -> None:
+    def judge(self, event: Judged) -> None:
         ruling = self._ruling(self.candidate, event)
         verdict = ruling.action.verdict
         before = self._ruling(self._active, event).action.verdict if self._active else "allow"
@@ -183,10 +191,10 @@ class _Judges:
         if isinstance(ruling.action, Throttle):
             self._throttle(tally, ruling.action, event)
 
-    def _ruling(self, gates: Gates, event: _Event) -> Ruling:
+    def _ruling(self, gates: Gates, event: Judged) -> Ruling:
         return gates.judge(event.types, event.event_id, *event.record, event.commit_time_ms, "outbox")
 
-    def _throttle(self, tally: Tally, action: Throttle, event: _Event) -> None:
+    def _throttle(self, tally: Tally, action: Throttle, event: Judged) -> None:
         slots = self._slots.get(tally.rule) or self._slots.setdefault(tally.rule, Slots(action.rate))
         key = tuple(field_of(name, event.types, event.event_id, event.record) for name in action.by)
         wait = slots.wait_seconds(key, event.commit_time_ms / 1000)

@@ -341,3 +341,29 @@ def test_a_trial_judges_every_kind_of_payload(world: World, tmp_path: Path, kind
     file.write_text('version = 1\n[[rule]]\nid = "r"\nwhen = { "payload.amount" = { gt = 500 } }\nverdict = "allow"\n')
     tried = json.loads(command.run(world.environment, "policy", "test", str(file), "--json").out)
     assert [(tally["rule"], tally["samples"]) for tally in tried["rules"]] == [("r", ["1"]), ("", ["2"])]
+
+
+def test_an_event_is_explained(governed: World, tmp_path: Path, start_relay: StartRelay) -> None:
+    world = governed
+    event_id = world.insert("a", event_type="refund.asked", payload='{"amount": "620"}')
+    file = tmp_path / "strict.toml"
+    assert command.run(world.environment, "policy", "explain", event_id).exit_code == 2, "none is in force"
+    told = command.run(world.environment, "policy", "explain", event_id, "--file", str(file))
+    assert told.out.splitlines() == [
+        "3: rule card does not match",
+        '     no  when event_type = "customer.*"',
+        '     no  when payload.card = {"exists":true}',
+        "9: rule small-refund cannot be evaluated: deny (on_error)",
+        '    yes  when event_type = "refund.*"',
+        '      ?  when payload.amount = {"le":500}',
+    ]
+    start_relay(CDC_OUTBOX_KAFKA__CREATE_TOPICS="true")
+    assert activate(world, file).exit_code == 0
+    world.wait_until_confirmed()
+    other = world.insert("a", event_type="x")
+    said = command.run(world.environment, "policy", "explain", other).out
+    assert said.endswith("no rule decides: deny\n")
+    told_json = json.loads(command.run(world.environment, "policy", "explain", event_id, "--json").out)
+    assert [rule["matches"] for rule in told_json["rules"]] == [False, None]
+    missing = command.run(world.environment, "policy", "explain", "no such id")
+    assert (missing.exit_code, "is not in public.outbox" in missing.error) == (2, True)
