@@ -171,6 +171,7 @@ def test_a_token_that_cannot_be_fetched_is_waited_for(world: World, start_relay:
     assert not relay.ended
 
 
+@pytest.mark.rest
 def test_events_of_topics_that_were_never_there_become_dead_letters(lenient: World, start_relay: StartRelay) -> None:
     world = lenient
     aggregate_type = world.create_topic()

@@ -264,6 +264,7 @@ def test_a_large_event_is_kept_whole(world: World, start_relay: StartRelay) -> N
 
 
 @pytest.mark.parametrize("name", ["we%sird", 'a\\b"c', "{x}'[/y]"])
+@pytest.mark.rest
 def test_names_may_hold_anything(world: World, start_relay: StartRelay, name: str) -> None:
     table, column = sql.Identifier(name, name), sql.Identifier(name)
     world.db.execute(sql.SQL("CREATE SCHEMA {}").format(column))

@@ -327,6 +327,7 @@ def test_a_policy_is_tried_on_the_rows_of_the_outbox(governed: World, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["bytea", "text", "jsonb"])
+@pytest.mark.rest
 def test_a_trial_judges_every_kind_of_payload(world: World, tmp_path: Path, kind: str) -> None:
     world.db.execute(
         f"CREATE TABLE events (key text, id int, what text, body {kind});"

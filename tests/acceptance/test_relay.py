@@ -229,6 +229,7 @@ def test_a_partitioned_outbox(world: World, start_relay: StartRelay) -> None:
     assert sorted(text(message.key()) for message in world.read(aggregate_type, 2)) == ["a", "b"]
 
 
+@pytest.mark.rest
 def test_one_huge_transaction_in_bounded_memory(world: World, start_relay: StartRelay) -> None:
     world.migrate()
     aggregate_type = world.create_topic()

@@ -248,6 +248,7 @@ def test_standard_streams_may_be_closed(world: World, log_format: str) -> None:
     assert relay.wait(20) == 0
 
 
+@pytest.mark.rest
 def test_a_full_standard_output_is_said(world: World) -> None:
     world.migrate()
     with Path("/dev/full").open("w") as full:
@@ -286,6 +287,7 @@ def test_a_client_that_says_nothing_is_let_go(world: World, start_relay: StartRe
     assert "Traceback" not in relay.said()
 
 
+@pytest.mark.rest
 def test_a_canary_comes_by_until_the_publication_loses_it(world: World, start_relay: StartRelay) -> None:
     world.migrate()
     topic = f"{world.name}-canary"

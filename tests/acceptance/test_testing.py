@@ -198,6 +198,7 @@ def test_order(cdc_outbox_stack, assert_emitted, assert_idempotent):
 """
 
 
+@pytest.mark.rest
 def test_the_stack_of_the_plugin(world: World, tmp_path: Path) -> None:
     """As somebody has it who has installed us and has written a test; on the suite's servers, not to start more."""
     (tmp_path / "test_order.py").write_text(END_TO_END)

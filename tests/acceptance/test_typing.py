@@ -164,6 +164,7 @@ def test_right_code_is_right(told: str) -> None:
     assert [line for line in told.splitlines() if line.startswith("right.py")] == []
 
 
+@pytest.mark.rest
 def test_wrong_code_is_an_error_on_each_line(told: str) -> None:
     expected = {
         number: code

@@ -1,5 +1,7 @@
 """What a policy says of an event, whatever the event holds: an evaluation error never publishes."""
 
+import re
+import time
 from typing import Any
 
 import orjson
@@ -7,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cdc_outbox.relay.policy.conditions import read_condition
 from cdc_outbox.relay.policy.document import read_policy
 from cdc_outbox.relay.policy.gate import Gates, Ruling
 from support.policies import EXAMPLE
@@ -186,6 +189,22 @@ def test_types_are_remembered_up_to_a_bound() -> None:
         assert judge(policy, b"a.%d" % number).rule == "r"
     assert len(policy) <= 10_000
     assert len(policy.settled) <= 10_000
+
+
+@given(st.text("ab*", max_size=6), st.text("ab\n", max_size=8))
+def test_a_star_stands_for_anything(glob: str, value: str) -> None:
+    """As the regular expression would say, on texts that are short enough for it."""
+    expected = re.fullmatch(".*".join(map(re.escape, glob.split("*"))), value, re.DOTALL) is not None
+    assert read_condition("topic", glob).check(value) is expected
+    assert read_condition("topic", [glob, "other*", "*x*"]).check(value) is expected
+    assert read_condition("payload.a", [glob, 1]).check(value) is expected
+
+
+def test_many_stars_cost_no_more_than_the_text_is_long() -> None:
+    check = read_condition("headers.x", "*a*a*a*a*a*a*a*b").check
+    began = time.monotonic()
+    assert check("a" * 1_000_000) is False
+    assert time.monotonic() - began < 1
 
 
 NAMES = st.sampled_from(["a", "b", "payload", "__import__('os')", "ü", ""])

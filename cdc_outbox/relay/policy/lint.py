@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from cdc_outbox.relay.policy.conditions import STATIC_FIELDS, Condition, glob_as_regex
+from cdc_outbox.relay.policy.conditions import STATIC_FIELDS, Condition
 from cdc_outbox.relay.policy.document import Approve, Mistake, Policy, Rule
 
 
@@ -69,7 +69,7 @@ def _dear(policy: Policy) -> Iterator[Mistake]:
 
 
 def _is_anything(condition: Condition) -> bool:
-    return any(not glob_as_regex(each).strip(".*") for each in _texts(condition))
+    return any(set(each) == {"*"} for each in _texts(condition))
 
 
 def _without_initiator(policy: Policy) -> Iterator[Mistake]:
