@@ -9,6 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Final, LiteralString
 
+import psycopg
 from psycopg.rows import class_row
 
 from cdc_outbox.errors import ConfigurationError
@@ -100,13 +101,13 @@ def activations(connection: Connection, slot: str) -> list[Activation]:
 
 def in_force(connection: Connection, slot: str) -> Activation | None:
     """None, too, if the schema is not installed, or is older than policies."""
-    with translated("looking for cdc_outbox.policy"):
-        if connection.execute("SELECT to_regclass('cdc_outbox.policy')").fetchone() == (None,):
-            return None
     return next((each for each in _select(connection, _ACTIVATED, slot) if each.state == "in force"), None)
 
 
 def _select(connection: Connection, query: LiteralString, slot: str) -> list[Activation]:
+    cursor = connection.cursor(row_factory=class_row(Activation))
     with translated("reading cdc_outbox.policy", granting(connection, READER)):
-        cursor = connection.cursor(row_factory=class_row(Activation))
-        return cursor.execute(query, {"slot": slot}).fetchall()
+        try:
+            return cursor.execute(query, {"slot": slot}).fetchall()
+        except psycopg.errors.UndefinedTable:
+            return []
