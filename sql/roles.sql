@@ -72,7 +72,8 @@ BEGIN
     END IF;
 
     IF EXISTS (SELECT FROM pg_roles WHERE rolname = 'cdc_outbox_policy_admin') THEN
-        GRANT INSERT (slot, kind, body, reason), SELECT (id) ON cdc_outbox.request TO cdc_outbox_policy_admin;
+        GRANT INSERT (slot, kind, body, reason), SELECT (id, slot, kind, parked_id, topic, reason, principal, at)
+            ON cdc_outbox.request TO cdc_outbox_policy_admin;
         GRANT SELECT ON cdc_outbox.policy, cdc_outbox.outcome TO cdc_outbox_policy_admin;
     END IF;
 

@@ -10,20 +10,22 @@ Source: PostgreSQL manual, "Logical Replication Failover"; walsender.c (StandbyS
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from cdc_outbox.errors import BrokenInvariant, OperatorNeeded, PoisonEvent, ServerStopping
-from cdc_outbox.journal import parked, policies
+from cdc_outbox.journal import outcomes, parked, policies
 from cdc_outbox.journal.continuity import HEADROOM_BYTES, Continuity
 from cdc_outbox.journal.settlement import Settlement
 from cdc_outbox.postgres.connection import BoundedConnection, translated
 from cdc_outbox.postgres.publication import SentTable
 from cdc_outbox.postgres.slots import Slot
 from cdc_outbox.relay.headers import Headers
-from cdc_outbox.relay.pipeline import DeadLetter
+from cdc_outbox.relay.pipeline import DENIED, DeadLetter
 from cdc_outbox.relay.policy.binding import event_sha256
 from cdc_outbox.relay.requests import PolicyRequest, RedriveRequest
 from cdc_outbox.relay.router import Record
@@ -60,7 +62,7 @@ class PassedOver:
 class NoJournal:
     """Keeps nothing and notes nothing: for `tail`, and for a database that has no schema cdc_outbox."""
 
-    settled: Sequence[Position] = ()
+    settled: Mapping[int, AbstractSet[int]] = MappingProxyType({})
     gates: "Gates | None" = None
     started_at = LSN(0)
     written_lsn = LSN(0)
@@ -119,8 +121,8 @@ class Journal:
         self._is_server_stopping = False
         #: dead letters that are published again and not acknowledged yet
         self._in_flight: set[int] = set()
-        #: events that are kept here, and that the stream may bring once more
-        self.settled: Sequence[Position] = parked.settled_since(
+        #: events that are kept here, and that the stream may bring once more: ordinals by commit LSN
+        self.settled: Mapping[int, AbstractSet[int]] = parked.settled_since(
             connection, continuity.system_identifier, slot.name, confirmed
         )
         #: of the policy in force where reading starts
@@ -132,12 +134,11 @@ class Journal:
     def park(self, parking: Parking) -> bool:
         """Keep an event that can never be published. False if it was kept before."""
         event, poison = parking.event, parking.poison
-        record = Record(event.topic or "", event.payload, event.key or b"", event.headers)
         is_new = parked.put(
             self._connection,
             {
                 **self._identity(parking),
-                **_columns_of(record),
+                **_columns_of(event.record),
                 "topic": event.topic,
                 "key": event.key,
                 "reason": poison.reason,
@@ -174,14 +175,15 @@ class Journal:
         """
         if request.slot != self._slot:
             return None
-        before = policies.outcome_of(self._connection, request.id)
+        before = outcomes.outcome_of(self._connection, request.id)
+        if before == "refused":
+            return None
         gates = policies.compiled(request.source)
         if isinstance(gates, str) and before == "activated":
             raise OperatorNeeded(f"the policy of request {request.id} cannot be read any more: {gates}")
-        if isinstance(gates, str) or before == "refused":
-            refused = PolicyRefused(gates if isinstance(gates, str) else "it was refused before")
-            policies.refused(self._connection, request.id, refused.detail)
-            return refused
+        if isinstance(gates, str):
+            outcomes.record(self._connection, {request.id: None}, "refused", gates)
+            return PolicyRefused(gates)
         policies.activated(self._connection, self._continuity.system_identifier, request, position, gates.policy.sha256)
         self._look_where_the_log_ends()
         return gates
@@ -191,13 +193,13 @@ class Journal:
 
         Of the relay's own rows only: what else the requester wrote may not be visible yet.
         """
-        if request.slot != self._slot or parked.has_outcome(self._connection, request.id):
+        if request.slot != self._slot or outcomes.outcome_of(self._connection, request.id):
             return None
         letter = parked.to_redrive(self._connection, request.dead_letter_id)
         state = letter["state"] if letter else "unknown"
         if letter is None or state != "dead" or request.dead_letter_id in self._in_flight:
             detail = "it is being redriven" if state == "dead" else f"it is {state}"
-            parked.passed_over(self._connection, request.id, request.dead_letter_id, detail)
+            outcomes.record(self._connection, {request.id: request.dead_letter_id}, "passed over", detail)
             self._look_where_the_log_ends()
             return PassedOver(state)
         topic = request.topic or letter["topic"] or ""
@@ -208,9 +210,12 @@ class Journal:
 
     def redrive_refused(self, request: RedriveRequest, poison: PoisonEvent) -> None:
         self._in_flight.discard(request.dead_letter_id)
-        parked.refused_again(
-            self._connection, request.id, request.dead_letter_id, reason=poison.reason, detail=poison.message
-        )
+        if poison.reason == DENIED:  # it was not tried, and is a dead letter for the reason that it was
+            outcomes.record(self._connection, {request.id: request.dead_letter_id}, "refused", poison.message)
+        else:
+            parked.refused_again(
+                self._connection, request.id, request.dead_letter_id, reason=poison.reason, detail=poison.message
+            )
         self._look_where_the_log_ends()
 
     def redriven(self, requests: Sequence[tuple[int, int]]) -> None:

@@ -12,9 +12,9 @@ import psycopg
 from psycopg import sql
 from psycopg.rows import dict_row
 
+from cdc_outbox.journal import outcomes
 from cdc_outbox.postgres.connection import BoundedConnection, Connection, granting, translated
 from cdc_outbox.wal.lsn import LSN
-from cdc_outbox.wal.position import Position
 
 Row = dict[str, Any]
 
@@ -63,15 +63,19 @@ def _escaped(value: Any) -> Any:
     return value.encode("ascii", "backslashreplace").decode().replace("\0", "\\0") if isinstance(value, str) else value
 
 
-def settled_since(connection: Connection, system_identifier: str, slot: str, lsn: LSN) -> list[Position]:
-    """Of those that the slot may send once more."""
+def settled_since(connection: Connection, system_identifier: str, slot: str, lsn: LSN) -> dict[int, set[int]]:
+    """Ordinals by commit LSN, of those that the slot may send once more. They may be millions: ranges are fetched."""
     with translated("reading cdc_outbox.parked"):
         rows = connection.execute(
-            "SELECT commit_lsn::text, ordinal FROM cdc_outbox.parked"
-            " WHERE system_identifier = %s AND slot = %s AND commit_lsn >= %s::pg_lsn",
+            "SELECT commit_lsn::text, array(SELECT ARRAY[lower(each), upper(each)] FROM unnest(ordinals) AS each)"
+            " FROM (SELECT commit_lsn, range_agg(int4range(ordinal, ordinal, '[]')) AS ordinals FROM cdc_outbox.parked"
+            " WHERE system_identifier = %s AND slot = %s AND commit_lsn >= %s::pg_lsn GROUP BY commit_lsn) AS settled",
             [system_identifier, slot, str(lsn)],
         ).fetchall()
-    return [Position(LSN.parse(commit_lsn), ordinal) for commit_lsn, ordinal in rows]
+    return {
+        LSN.parse(commit_lsn): {ordinal for first, end in ranges for ordinal in range(first, end)}
+        for commit_lsn, ranges in rows
+    }
 
 
 def to_redrive(connection: Connection, dead_letter_id: int) -> Row | None:
@@ -85,21 +89,10 @@ def to_redrive(connection: Connection, dead_letter_id: int) -> Row | None:
         ).fetchone()
 
 
-def has_outcome(connection: Connection, request_id: int) -> bool:
-    with translated("reading cdc_outbox.outcome"):
-        query = "SELECT FROM cdc_outbox.outcome WHERE request_id = %s"
-        return connection.execute(query, [request_id]).rowcount == 1
-
-
-def passed_over(connection: Connection, request_id: int, dead_letter_id: int, detail: str) -> None:
-    with translated("recording that a redrive was passed over"):
-        _record(connection, {request_id: dead_letter_id}, "passed over", detail)
-
-
 def redriven(connection: Connection, requests: Mapping[int, int]) -> None:
     """Kafka has acknowledged what these requests (id to dead letter) asked for."""
     with translated("recording a redrive"), connection.transaction():
-        _record(connection, requests, "redriven")
+        outcomes.record(connection, dict(requests), "redriven")
         connection.execute(
             "UPDATE cdc_outbox.parked SET state = 'redriven', note = NULL, state_changed_at = now(),"
             " state_changed_by = current_user WHERE id = ANY(%s)",
@@ -109,17 +102,9 @@ def redriven(connection: Connection, requests: Mapping[int, int]) -> None:
 
 def refused_again(connection: Connection, request_id: int, dead_letter_id: int, *, reason: str, detail: str) -> None:
     with translated("recording a refused redrive"), connection.transaction():
-        _record(connection, {request_id: dead_letter_id}, "refused", detail)
+        outcomes.record(connection, {request_id: dead_letter_id}, "refused", detail)
         connection.execute(
             "UPDATE cdc_outbox.parked SET attempts = attempts + 1, reason = %s, detail = %s,"
             " state_changed_at = now(), state_changed_by = current_user WHERE id = %s AND state = 'dead'",
             [reason, detail, dead_letter_id],
         )
-
-
-def _record(connection: Connection, requests: Mapping[int, int], result: str, detail: str = "") -> None:
-    connection.execute(
-        "INSERT INTO cdc_outbox.outcome (request_id, parked_id, result, detail) SELECT request_id, parked_id, %s, %s"
-        " FROM unnest(%s::bigint[], %s::bigint[]) AS of (request_id, parked_id) ON CONFLICT DO NOTHING",
-        [result, detail, list(requests), list(requests.values())],
-    )

@@ -6,6 +6,7 @@ Reading policies loads pydantic's models and time zones: only who has one pays f
 from typing import TYPE_CHECKING
 
 from cdc_outbox.errors import OperatorNeeded
+from cdc_outbox.journal import outcomes
 from cdc_outbox.postgres.connection import Connection, translated
 from cdc_outbox.relay.requests import PolicyRequest
 from cdc_outbox.wal.lsn import LSN
@@ -23,6 +24,13 @@ _IN_FORCE = """
               CASE WHEN system_identifier = %(system)s THEN ordinal END DESC, id DESC
      LIMIT 1
 """
+
+
+def may_govern(connection: Connection) -> bool:
+    """Whether there can be policies in this database, for a role that may not read them."""
+    with translated("looking for cdc_outbox.policy"):
+        query = "SELECT FROM pg_class WHERE relname = 'policy' AND relnamespace = to_regnamespace('cdc_outbox')"
+        return connection.execute(query).rowcount == 1
 
 
 def in_force(connection: Connection, system_identifier: str, slot: str, *, before: LSN) -> "Gates | None":
@@ -54,16 +62,11 @@ def compiled(source: bytes) -> "Gates | str":
         policy = read_policy(source)
     except PolicyError as error:
         return f"line {error.mistakes[0]}" + (f", and {more} more" if (more := len(error.mistakes) - 1) else "")
+    except Exception as error:  # noqa: BLE001 - it would come again at each start, and end the relay each time
+        return f"it cannot be read: {type(error).__name__}: {error}"
     if missing := policy.beyond_this_version:
         return missing
     return Gates(policy)
-
-
-def outcome_of(connection: Connection, request_id: int) -> str | None:
-    """What came of a request that was carried out before a crash; None if it was not."""
-    with translated("reading cdc_outbox.outcome"):
-        row = connection.execute("SELECT result FROM cdc_outbox.outcome WHERE request_id = %s", [request_id]).fetchone()
-    return row[0] if row else None
 
 
 def activated(
@@ -85,16 +88,4 @@ def activated(
                 request.reason,
             ],
         )
-        connection.execute(
-            "INSERT INTO cdc_outbox.outcome (request_id, result) VALUES (%s, 'activated') ON CONFLICT DO NOTHING",
-            [request.id],
-        )
-
-
-def refused(connection: Connection, request_id: int, detail: str) -> None:
-    with translated("recording that a policy was refused"):
-        connection.execute(
-            "INSERT INTO cdc_outbox.outcome (request_id, result, detail) VALUES (%s, 'refused', %s)"
-            " ON CONFLICT DO NOTHING",
-            [request_id, detail],
-        )
+        outcomes.record(connection, {request.id: None}, "activated")

@@ -5,6 +5,7 @@ Source: librdkafka's CONFIGURATION.md and INTRODUCTION.md ("Idempotent Producer"
 """
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
@@ -71,6 +72,8 @@ _METADATA_SECONDS: Final = 5.0
 #: How long a broker may take to answer a probe, and the report of what killed a producer to be served.
 _PROBE_SECONDS: Final = 0.5
 _REPORT_SECONDS: Final = 0.5
+#: Of a producer that is dead: a request in flight may come back into the queue, to be sent again.
+_PURGE_EVERY_SECONDS: Final = 0.05
 
 #: What a probe asks about. Nobody needs such a topic: that there is none is an answer, too.
 _PROBED_TOPIC: Final = "cdc-outbox.probe"
@@ -122,8 +125,8 @@ class AcknowledgedDelivery:
         self._opening = Opening(self._produce)
         self._isolation: Isolation | None = None
         self._is_dead = False
-        #: how many partitions each topic has: as the cluster said last, and of those that events go to
-        self._partitions: dict[str, int] = {}
+        self._purge_at = 0.0
+        #: topics that events go to, and how many partitions each had before its first one
         self._begun: dict[str, int] = {}
         #: why no broker can be reached at the moment; None while one can
         self.unreachable: str | None = None
@@ -140,7 +143,7 @@ class AcknowledgedDelivery:
 
     def begin_topic(self, topic: str) -> None:
         """Before its first event: see that nothing passes it, see `opening`. Raises BrokerUnavailable."""
-        self._begun[topic] = self._partitions.get(topic) or self._count_partitions(topic)
+        self._begun[topic] = self._count_partitions(topic)
         self._opening.add(topic, self._begun[topic])
 
     def _count_partitions(self, topic: str) -> int:
@@ -169,8 +172,10 @@ class AcknowledgedDelivery:
         self._serve(self.producer.flush, timeout_seconds)
 
     def _serve(self, serve: Callable[[float], int], timeout_seconds: float) -> None:
-        if self._is_dead:  # what it has not sent, or would send again, it keeps for ever
+        if self._is_dead and time.monotonic() >= self._purge_at:
+            # what it has not sent, or would send again, it keeps for ever
             self.producer.purge(in_queue=True, in_flight=False, blocking=False)
+            self._purge_at = time.monotonic() + _PURGE_EVERY_SECONDS
         try:
             serve(timeout_seconds)
         except KafkaException as error:  # fatal: the producer is dead, and says so here instead of to `error_cb`
@@ -193,7 +198,7 @@ class AcknowledgedDelivery:
         self.producer.purge(in_queue=True, in_flight=True, blocking=False)
         self.producer = Producer({**self.client_settings, **settings})
         self._produce = self._wrap(self.producer.produce)
-        self._opening = Opening(self._produce)
+        self._opening, self._is_dead = Opening(self._produce), False
         for topic, partitions in self._begun.items():
             self._opening.add(topic, partitions)
 
@@ -209,8 +214,7 @@ class AcknowledgedDelivery:
             reason = self._trouble or error.args[0].str()
             raise BrokerUnavailable(f"no broker answers at {self._bootstrap_servers}: {reason}") from error
         self._trouble = self.unreachable = None
-        self._partitions = {name: len(metadata.partitions) for name, metadata in topics.items()}
-        return self._partitions
+        return {name: len(metadata.partitions) for name, metadata in topics.items()}
 
     def probe(self) -> None:
         """If librdkafka complained, find out whether any broker answers; one of several that fails is no trouble."""
@@ -244,7 +248,8 @@ class AcknowledgedDelivery:
         A report does not name the culprit, only its batch, unless nothing of that topic can be published: BatchRefused.
         """
         topic = message.topic() or ""
-        self._count_failure(topic, error.name())
+        if error.code() != KafkaError._PURGE_QUEUE:  # noqa: SLF001 - what we have taken back nobody has refused
+            self._count_failure(topic, error.name())
         if verdict_on(error) is Verdict.OPERATOR:
             raise explain(error, topic, alone=False)
         self._is_dead = True

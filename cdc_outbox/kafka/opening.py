@@ -4,7 +4,11 @@ A broker that has nothing of a producer yet takes any sequence number from it. I
 the second one that was in flight behind it: events pass the refused one. Once it has an event, it takes nothing that
 has a gap before it. librdkafka's gapless guarantee is no help: it comes too late for what is in flight.
 Tried on Kafka 4.3: behind a first batch that was refused, later events were taken in 28 of 30 times, behind a second
-one in none of 150. Source: Kafka's ProducerAppendInfo.checkSequence ("accept writes with any sequence number").
+one in none of 150.
+
+A broker forgets a producer that has sent nothing to a partition for `producer.id.expiration.ms` (a day), or of which no
+record is left there: its next event to that partition is then as a first one, and not guarded.
+Source: Kafka's ProducerAppendInfo.checkSequence ("accept writes with any sequence number").
 """
 
 from collections.abc import Callable

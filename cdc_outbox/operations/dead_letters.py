@@ -70,6 +70,8 @@ _STATE: Final = """
                  AND NOT EXISTS (SELECT FROM cdc_outbox.outcome WHERE request_id = request.id))
          THEN 'redriving' ELSE 'open' END AS state
 """
+#: What a decision changes; who may change more could make another event of it.
+_DECIDED: Final = ("state", "note", "state_changed_at", "state_changed_by")
 _READ_EVENTS: Final = "SELECT ON cdc_outbox.parked"
 #: Without what an event says, in the order a person would read them.
 _SUMMARY: Final = (
@@ -120,7 +122,7 @@ def find(connection: Connection, wanted: Filter) -> list[DeadLetter]:
     if not wanted.settled_too:
         clauses.append("state = 'dead'")
     clauses.append("state IN ('dead', 'redriven', 'discarded')")
-    rest = f"WHERE {' AND '.join(clauses) or 'true'} ORDER BY committed_at, commit_lsn, ordinal"
+    rest = f"WHERE {' AND '.join(clauses)} ORDER BY committed_at, commit_lsn, ordinal"
     return _select(DeadLetter, connection, _SUMMARY, rest, [value for _, value in given])
 
 
@@ -150,7 +152,10 @@ def request_redrives(
     """
     check_heard(connection, publication)
     with connection.transaction():
-        return {each: _request_redrive(connection, slot, each, topic=topic, key=key) for each in dead_letter_ids}
+        return {
+            each: _request_redrive(connection, slot, each, topic=topic, key=key)
+            for each in dict.fromkeys(dead_letter_ids)
+        }
 
 
 def _request_redrive(
@@ -176,7 +181,7 @@ def _request_redrive(
 
 def discard(connection: Connection, dead_letter_id: int, note: str) -> None:
     """Nothing more is to be done about it; it is kept, with ``note``. Raises ConfigurationError if it is not open."""
-    rights = granting(connection, READER, "SELECT, UPDATE ON cdc_outbox.parked")
+    rights = granting(connection, READER, _READ_EVENTS, f"UPDATE ({', '.join(_DECIDED)}) ON cdc_outbox.parked")
     with connection.transaction(), translated("discarding a dead letter", rights):
         _find_open(connection, dead_letter_id)
         connection.execute(

@@ -12,6 +12,7 @@ from itertools import chain
 from cdc_outbox.config import Config
 from cdc_outbox.errors import CdcOutboxError
 from cdc_outbox.kafka.acknowledged import AcknowledgedDelivery
+from cdc_outbox.operations import policy
 from cdc_outbox.operations.findings import Finding, Findings
 from cdc_outbox.operations.kafka_checks import broker_findings
 from cdc_outbox.operations.postgres_checks import (
@@ -71,3 +72,4 @@ def _database_findings(config: Config, connection: Connection, topic: TopicTempl
         yield from publication_findings(connection, partial(check_sent, config, connection, table, topic), slot)
         yield from role_findings(connection, table)
     yield from slot_findings(connection, slot)
+    yield policy.finding(connection, slot)

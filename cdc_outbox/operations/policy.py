@@ -12,7 +12,8 @@ from typing import Final, LiteralString
 import psycopg
 from psycopg.rows import class_row
 
-from cdc_outbox.errors import ConfigurationError
+from cdc_outbox.errors import CdcOutboxError, ConfigurationError
+from cdc_outbox.operations.findings import Finding
 from cdc_outbox.operations.requests import check_heard
 from cdc_outbox.postgres.connection import POLICY_ADMIN, READER, Connection, granting, translated
 from cdc_outbox.relay.policy.document import MAX_BYTES, Mistake, PolicyError, read_policy
@@ -101,7 +102,8 @@ def activations(connection: Connection, slot: str) -> list[Activation]:
 
 def in_force(connection: Connection, slot: str) -> Activation | None:
     """None, too, if the schema is not installed, or is older than policies."""
-    return next((each for each in _select(connection, _ACTIVATED, slot) if each.state == "in force"), None)
+    found = _select(connection, f"{_ACTIVATED} ORDER BY id DESC LIMIT 1", slot)
+    return found[0] if found else None
 
 
 def _select(connection: Connection, query: LiteralString, slot: str) -> list[Activation]:
@@ -111,3 +113,27 @@ def _select(connection: Connection, query: LiteralString, slot: str) -> list[Act
             return cursor.execute(query, {"slot": slot}).fetchall()
         except psycopg.errors.UndefinedTable:
             return []
+
+
+def _governed_slots(connection: Connection) -> list[str]:
+    with translated("reading cdc_outbox.policy", granting(connection, READER)):
+        try:
+            rows = connection.execute("SELECT DISTINCT slot FROM cdc_outbox.policy ORDER BY slot").fetchall()
+        except psycopg.errors.UndefinedTable:
+            return []
+    return [slot for (slot,) in rows]
+
+
+def finding(connection: Connection, slot: str) -> Finding:
+    """For `doctor`: what governs the relay of ``slot``. A policy is that of one slot: another one's relay has none."""
+    try:
+        governs, governed = in_force(connection, slot), _governed_slots(connection)
+    except CdcOutboxError as error:  # the relay's schema is not there, or not ours to read: another check says so
+        return Finding("policy", "warning", f"cannot be told: {error.message}", error.hint)
+    if governs:
+        return Finding("policy", "ok", f"{(governs.sha256 or '')[:12]} is in force since {governs.at:%Y-%m-%d %H:%M}")
+    if governed:
+        others = ", ".join(map(repr, governed))
+        hint = "activate one with this configuration: cdc-outbox policy activate"
+        return Finding("policy", "warning", f"none governs slot {slot!r}, but one does {others}", hint)
+    return Finding("policy", "ok", "none is in force: every event may go to Kafka")

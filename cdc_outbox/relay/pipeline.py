@@ -4,8 +4,10 @@ Pure: it is fed frames, hands on records, and returns when somebody has to do so
 on: wait for room, keep an event, look for a topic, carry out a request (see `stops`). Then it is fed again.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from cdc_outbox.errors import CdcOutboxError, MalformedStream, OperatorNeeded, PoisonEvent
@@ -36,7 +38,9 @@ if TYPE_CHECKING:
 #: `feed` stops at the first transaction end at which the batch has this many events, for it to be closed.
 #: Small enough that little is resent after a crash, large enough that its cost vanishes.
 BATCH_EVENTS: Final = 500
-_NONE: Final[frozenset[int]] = frozenset()
+_NONE: Final[AbstractSet[int]] = frozenset()
+#: Why a redrive was refused: the policy does not allow it.
+DENIED: Final = "denied"
 
 
 class Publisher(Protocol):
@@ -88,12 +92,13 @@ class Pipeline:
         self,
         routing: Routing,
         publisher: Publisher,
-        settled: Iterable[Position] = (),
+        settled: Mapping[int, AbstractSet[int]] = MappingProxyType({}),
         *,
         started_at: int = 0,
         gates: "Gates | None" = None,
     ) -> None:
-        """``settled``: events that the stream may bring once more, and that are kept durably since the first time.
+        """``settled``: events that the stream may bring once more, and that are kept durably since the first time:
+        ordinals by commit LSN.
 
         ``started_at``: the LSN that the stream begins at; all before is settled. ``gates``: of the policy in force.
         """
@@ -102,10 +107,7 @@ class Pipeline:
         self._known_topics = routing.known_topics
         self._plans = Plans(routing, gates)
         self._publisher = publisher
-        #: by commit LSN
-        self._settled: dict[int, frozenset[int]] = {}
-        for position in settled:
-            self._settled[position.commit_lsn] = self._settled.get(position.commit_lsn, _NONE) | {position.ordinal}
+        self._settled = dict(settled)
         self._commit_time_ms = 0
         #: of the transaction being received; nearly always empty
         self._settled_ordinals = _NONE
@@ -131,6 +133,11 @@ class Pipeline:
     @property
     def in_transaction(self) -> bool:
         return self.open_commit_lsn != 0
+
+    @property
+    def gates(self) -> "Gates | None":
+        """Of the policy in force."""
+        return self._plans.gates
 
     @property
     def reached(self) -> Position:
@@ -217,7 +224,7 @@ class Pipeline:
         record = letter.record._replace(headers=[*letter.record.headers, header])
         self._kept = _Kept(request=request, record=record, letter=letter)
 
-    def refuse(self, error: CdcOutboxError) -> Parking | RedriveRefused:
+    def refuse(self, error: CdcOutboxError) -> Parking | Denied | RedriveRefused:
         """After Full, NewTopic: the event can not be published. Raises ``error`` if that is no fault of the event."""
         kept, self._kept = self._kept, None
         assert kept is not None  # a stop was about it
@@ -230,8 +237,12 @@ class Pipeline:
         error = error.with_traceback(None)  # it holds whoever was publishing, down to the producer
         if kept.request:
             return RedriveRefused(kept.request, error)
+        event = self._plans.describe(kept.frame, self._commit_time_ms)
+        is_judged = error.reason != "undecodable" and not self._plans.router_of(kept.frame).expendable
+        if is_judged and (ruling := self._plans.ruling_by_types(event)):
+            return self._deny(Ruled(ruling, event))  # it stays inside, whatever is wrong with it
         return Parking(
-            event=self._plans.describe(kept.frame, self._commit_time_ms),
+            event=event,
             position=self.reached,
             commit_time_ms=self._commit_time_ms,
             poison=error,
@@ -239,7 +250,7 @@ class Pipeline:
             expendable=self._plans.router_of(kept.frame).expendable,
         )
 
-    def withdraw(self, error: CdcOutboxError) -> Parking | RedriveRefused:
+    def withdraw(self, error: CdcOutboxError) -> Parking | Denied | RedriveRefused:
         """`refuse` the event published last, which is not in flight any more. Only one by one."""
         assert self._placed is not None
         assert self._placed.record is not None
@@ -289,27 +300,27 @@ class Pipeline:
         types = (letter.aggregate_type, letter.event_type)
         ruling = self._plans.gates.judge(types, letter.event_id, *record, self._commit_time_ms, "redrive")
         if not ruling.is_allowed:
-            raise PoisonEvent(f"the policy does not allow it: {ruling.explanation}", reason="denied")
+            raise PoisonEvent(f"the policy does not allow it: {ruling.explanation}", reason=DENIED)
 
-    def _denied(self, ruled: Ruled) -> Denied:
+    def _deny(self, ruled: Ruled) -> Denied:
         assert self._plans.gates is not None
         batch = self.watermark.current
         batch.outstanding += 1
         return Denied(
             event=ruled.event,
+            record=ruled.event.record,
             batch=batch,
             position=self.reached,
             commit_time_ms=self._commit_time_ms,
             ruling=ruled.ruling,
             policy_sha256=self._plans.gates.policy.sha256,
-            record=ruled.record,
         )
 
     def _not_placed(self, kept: _Kept, error: BaseException) -> Stop:
         """Why, or raise it. The event is kept, and counted nowhere."""
         if isinstance(error, Ruled):
             self._kept = None
-            return self._denied(error)
+            return self._deny(error)
         self._kept = kept
         if isinstance(error, BufferError):
             return FULL
@@ -364,7 +375,7 @@ class Pipeline:
             raise MalformedStream(f"a Begin inside the transaction that commits at {LSN(self.open_commit_lsn)}")
         self.open_commit_lsn, self._commit_time_ms = pgoutput.read_begin(frame)
         self._commit_lsn, self._ordinal, self._other_inserts = self.open_commit_lsn, 0, 0
-        self._settled_ordinals = self._settled.get(self.open_commit_lsn, _NONE)
+        self._settled_ordinals = self._settled.pop(self.open_commit_lsn, _NONE)  # a transaction begins once
         batch = self.watermark.current
         batch.first_commit_time_ms = batch.first_commit_time_ms or self._commit_time_ms
 

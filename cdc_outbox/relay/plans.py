@@ -8,7 +8,7 @@ from cdc_outbox.relay.router import EventDescription, Router, Routing
 from cdc_outbox.wal.pgoutput import INSERT_HEAD, Relation
 
 if TYPE_CHECKING:
-    from cdc_outbox.relay.policy.gate import Gates
+    from cdc_outbox.relay.policy.gate import Gates, Ruling
     from cdc_outbox.wal.row_plan import InsertFunction
 
 
@@ -57,6 +57,19 @@ class Plans:
     def describe(self, frame: bytes, commit_time_ms: int) -> EventDescription:
         """See `Router.describe`."""
         return self.router_of(frame).describe(self._relations[frame[INSERT_HEAD]], frame, commit_time_ms)
+
+    def ruling_by_types(self, event: EventDescription) -> "Ruling | None":
+        """Of an event that is poison: whether its types alone keep it inside."""
+        if not self.gates:
+            return None
+        aggregate_type, event_type = event.aggregate_type, event.event_type
+        ruling = self.gates.by_types(
+            (
+                None if aggregate_type is None else aggregate_type.encode(),
+                None if event_type is None else event_type.encode(),
+            )
+        )
+        return ruling if ruling and not ruling.is_allowed else None
 
     def request(self, frame: bytes) -> Request | None:
         """Of an Insert that is no event; None if it asks for nothing. Raises OperatorNeeded if it must not pass."""

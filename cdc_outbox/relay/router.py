@@ -61,22 +61,30 @@ class EventDescription:
     headers: Headers = dataclass_field(default_factory=list)
     payload: bytes | None = None
 
+    @property
+    def record(self) -> Record:
+        """As Kafka would have got it, or the nearest to that."""
+        return Record(self.topic or "", self.payload, self.key or b"", self.headers)
+
 
 class Ruled(Exception):
     """The policy does not let an event pass. Caught by the pipeline."""
 
-    def __init__(self, ruling: "Ruling", ids: tuple[bytes | None, bytes | None, bytes | None], *record: Any) -> None:
-        """``ids``: event id, aggregate type, event type."""
+    def __init__(self, ruling: "Ruling", event: EventDescription) -> None:
         super().__init__(ruling.rule)
         self.ruling = ruling
-        self.record = Record(*record)
-        event_id, aggregate_type, event_type = map(_text, ids)
-        self.event = EventDescription(
-            event_id=event_id,
-            aggregate_type=aggregate_type,
-            aggregate_id=_text(self.record.key),
-            event_type=event_type,
-        )
+        self.event = event
+
+
+def _ruled(
+    ruling: "Ruling", ids: tuple[bytes | None, bytes | None, bytes | None], topic: str, value: Any, *more: Any
+) -> Ruled:
+    """``ids``: event id, aggregate type, event type; ``more``: key and headers."""
+    event_id, aggregate_type, event_type = map(as_text, ids)
+    key, headers = more
+    return Ruled(
+        ruling, EventDescription(event_id, aggregate_type, as_text(key), key, event_type, topic, headers, value)
+    )
 
 
 class UnknownTopic(Exception):
@@ -244,10 +252,12 @@ class Router:
         topic_values = "".join(f"{{{variable}}}, " for variable in topic_fields)
         if judged:
             judged_type = "{aggregate_type}" if "aggregate_type" in fields else "None"
+            body.append(f"value = {value}")
+            value = "value"
             body += [
                 f"gate = gates[{judged_type}, {{event_type}}]",
                 "if gate is not None:",
-                f" topic, value = names[({topic_values})], {value}",
+                f" topic = names[({topic_values})]",
                 " ruling = gate({id}, topic, value, {aggregate_id}, headers, commit_time_ms, 'outbox')",
                 " if not ruling.is_allowed:",
                 f"  ids = {{id}}, {judged_type}, {{event_type}}",
@@ -263,7 +273,7 @@ class Router:
                 "topics": self._topics,
                 "names": self._names,
                 "gates": gates,
-                "ruled": Ruled,
+                "ruled": _ruled,
                 "to_utf8": self._encoding.to_utf8,
                 "key_is_null": _key_is_null,
                 "own_headers": own_headers,
@@ -324,11 +334,11 @@ class Router:
             except PoisonEvent:
                 headers.append(("headers", text))  # kept as they are, for whoever corrects them
         return EventDescription(
-            event_id=_text(value("id")),
-            aggregate_type=_text(value("aggregate_type")),
-            aggregate_id=_text(value("aggregate_id")),
+            event_id=as_text(value("id")),
+            aggregate_type=as_text(value("aggregate_type")),
+            aggregate_id=as_text(value("aggregate_id")),
             key=self._key(row[self._column("aggregate_id", types)]),
-            event_type=_text(value("event_type")),
+            event_type=as_text(value("event_type")),
             topic=self._topic.fill_in(tuple(map(value, self._topic.fields))),
             headers=headers,
             payload=payload,
@@ -369,8 +379,8 @@ def _key_is_null() -> PoisonEvent:
     return PoisonEvent("the aggregate id is NULL", reason="aggregate_id_null")
 
 
-def _text(value: bytes | None) -> str | None:
-    return None if value is None else value.decode(errors="replace")
+def as_text(value: bytes | None) -> str | None:
+    return None if value is None else str(value, "utf-8", "replace")
 
 
 def _unhex(text: bytes) -> bytes:

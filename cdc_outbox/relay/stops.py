@@ -58,7 +58,6 @@ class Parking:
 class Denied:
     """The policy keeps an event inside. It is outstanding in ``batch`` until that is recorded durably."""
 
-    #: no more than the event's ids and types
     event: EventDescription
     batch: Batch
     position: Position

@@ -19,7 +19,7 @@ from cdc_outbox.relay.watermark import Batch
 from cdc_outbox.service.phases import STATES
 
 if TYPE_CHECKING:
-    from cdc_outbox.relay.policy.gate import Ruling
+    from cdc_outbox.relay.policy.gate import Gates, Ruling
 
 #: As pg_replication_slots has it: fine, more than max_wal_size is kept, about to be lost, lost.
 WAL_STATUSES: Final = ("reserved", "extended", "unreserved", "lost")
@@ -67,7 +67,9 @@ class Metrics:
         )
         self.dead_letters = self._counter("dead_letters", "Events kept as dead letters", ["topic", "reason"])
         self._verdicts = self._counter(
-            "policy_verdicts", "Events that the policy did not simply allow; no rule: its default", ["verdict", "rule"]
+            "policy_verdicts",
+            "Events not simply allowed, or only watched; no rule: the default",
+            ["verdict", "rule"],
         )
         self._policy_errors = self._counter("policy_errors", "Events for which a rule could not be evaluated", ["rule"])
         self.requests_refused = self._counter(
@@ -129,6 +131,17 @@ class Metrics:
         self._verdicts.labels(ruling.action.verdict, ruling.rule).inc()
         if ruling.is_error:
             self._policy_errors.labels(ruling.rule).inc()
+
+    def watched(self, gates: "Gates") -> None:
+        """Count what rules in mode watch have seen since the last time."""
+        for rule, count in gates.watched.items():
+            if count:
+                self._verdicts.labels("watch", rule).inc(count)
+                gates.watched[rule] = 0
+        for rule, count in gates.watch_errors.items():
+            if count:
+                self._policy_errors.labels(rule).inc(count)
+                gates.watch_errors[rule] = 0
 
     def policy_in_force(self, sha256: bytes | None) -> None:
         self._policy_info.clear()

@@ -23,6 +23,7 @@ from cdc_outbox.errors import (
     UnavailableError,
 )
 from cdc_outbox.extras import install_hint
+from cdc_outbox.journal import policies
 from cdc_outbox.journal.continuity import Continuity
 from cdc_outbox.journal.journal import Journal, NoJournal
 from cdc_outbox.kafka.acknowledged import AcknowledgedDelivery, unwrapped
@@ -210,6 +211,8 @@ class Relay:
         hint = "run `cdc-outbox migrate up`, and GRANT cdc_outbox_relay to a role of your own"
         if config.relay.on_poison == "dead-letter":
             raise OperatorNeeded(f'relay.on_poison = "dead-letter", but {trouble}', hint=hint)
+        if policies.may_govern(connection):
+            raise OperatorNeeded("this role cannot read which policy is in force: nothing may be published", hint=hint)
         self._log.warning("gaps_not_noticed", reason=f"{trouble}: a slot created again would not be noticed", hint=hint)
         return NoJournal()
 

@@ -361,6 +361,8 @@ class Session:
         outstanding, acknowledged = self._watermark.outstanding, self._pipeline.acknowledged_events
         self._metrics.events_in_flight.set(outstanding)
         self._metrics.watch_oldest(self._watermark.oldest_commit_time_ms)
+        if self._pipeline.gates:
+            self._metrics.watched(self._pipeline.gates)
         if not outstanding or acknowledged != self._acknowledged:
             self._acknowledged, self._acknowledged_at = acknowledged, now
         if (alarm := self._health.alarm) is not None:  # read once: the monitor's thread takes it back

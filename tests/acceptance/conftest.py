@@ -9,6 +9,7 @@ from cdc_outbox.inbox import schema as inbox_sql
 from support.applications import Application, Psycopg, Start
 from support.consuming import Topic, make_topic
 from support.dead_letters import small
+from support.policies import OPEN, STRICT
 from support.relays import end_all
 from support.world import World, create_topic
 
@@ -71,4 +72,12 @@ def poisoned(world: World) -> World:
     world.settings["CDC_OUTBOX_RELAY__ON_POISON"] = "dead-letter"
     world.migrate()
     create_topic(world.bootstrap_servers, f"outbox.{small(world)}", partitions=1, **{"max.message.bytes": "3000"})
+    return world
+
+
+@pytest.fixture
+def governed(world: World, tmp_path: Path) -> World:
+    world.migrate()
+    (tmp_path / "strict.toml").write_bytes(STRICT)
+    (tmp_path / "open.toml").write_bytes(OPEN)
     return world

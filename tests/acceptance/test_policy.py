@@ -3,7 +3,6 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 import psycopg
 import pytest
@@ -13,9 +12,9 @@ from cdc_outbox.relay.policy.binding import event_sha256
 from cdc_outbox.relay.router import Record
 from support import command
 from support.observing import delivered_ids
-from support.policies import EXAMPLE
+from support.policies import ASK, EXAMPLE, FORGED, OPEN, STRICT, activate, denied
 from support.waiting import wait_until
-from support.world import World
+from support.world import World, read_topic
 
 
 def test_a_policy_that_is_in_order(tmp_path: Path) -> None:
@@ -51,47 +50,6 @@ def test_a_policy_that_cannot_be_read(tmp_path: Path, name: str, named: str) -> 
     done = command.run({}, "policy", "check", str(tmp_path / name))
     assert done.exit_code == 2
     assert named in done.error
-
-
-STRICT = b"""\
-version = 1
-
-[[rule]]
-id = "card"
-when = { event_type = "customer.*", "payload.card" = { exists = true } }
-verdict = "deny"
-keep = "hash"
-
-[[rule]]
-id = "small-refund"
-when = { event_type = "refund.*", "payload.amount" = { le = 500 } }
-verdict = "allow"
-
-[[rule]]
-id = "known"
-when = { event_type = ["order.*", "customer.*"] }
-verdict = "allow"
-"""
-OPEN = b'version = 1\ndefault = "allow"\n'
-ASK = "INSERT INTO cdc_outbox.request (slot, kind, body, reason) VALUES (%s, 'policy', %s, 'r')"
-FORGED = "INSERT INTO cdc_outbox.request (slot, kind, body, reason, principal) VALUES ('s', 'policy', '', '', 'boss')"
-
-
-@pytest.fixture
-def governed(world: World, tmp_path: Path) -> World:
-    world.migrate()
-    (tmp_path / "strict.toml").write_bytes(STRICT)
-    (tmp_path / "open.toml").write_bytes(OPEN)
-    return world
-
-
-def activate(world: World, file: Path, *arguments: str) -> command.Done:
-    return command.run(world.environment, "policy", "activate", str(file), "--reason", "ticket 88", *arguments)
-
-
-def denied(world: World) -> list[dict[str, Any]]:
-    holds: list[dict[str, Any]] = json.loads(command.run(world.environment, "holds", "list", "--json").out)
-    return holds[::-1]
 
 
 def test_what_the_policy_denies_stays_inside_and_the_rest_flows(
@@ -292,79 +250,68 @@ def test_who_may_activate(governed: World, tmp_path: Path, start_relay: StartRel
     assert activation["principal"] == f"{world.name}_admin"
 
 
-def test_a_policy_is_tried_on_the_rows_of_the_outbox(governed: World, tmp_path: Path, start_relay: StartRelay) -> None:
+def test_a_relay_of_another_slot_is_not_governed_and_doctor_says_so(
+    governed: World, tmp_path: Path, start_relay: StartRelay
+) -> None:
     world = governed
-    candidate = tmp_path / "candidate.toml"
-    mails = '[[rule]]\nid = "mails"\nwhen = { event_type = "mail.*" }\nverdict = "throttle"\nrate = "2/min"\n'
-    candidate.write_text(STRICT.decode() + mails + 'by = ["headers.tenant"]\nmax_wait = "1m"\n')
-    world.insert("a", event_type="order.new")
-    refund = world.insert("a", event_type="refund.asked", payload='{"amount": 501}')
-    world.insert("a", event_type="refund.asked", payload="[]")
-    for tenant in ("x", "y"):
-        for _ in range(5):
-            world.insert("a", event_type="mail.send", headers=f'{{"tenant": "{tenant}"}}', created_at="2026-01-01")
-    world.insert("no topic of that name", event_type="order.new")
-    tried = json.loads(command.run(world.environment, "policy", "test", str(candidate), "--json").out)
-    assert (tried["rows"], tried["unroutable"], tried["stricter"], tried["looser"]) == (14, 1, 12, 0)
-    tallies = {(tally["rule"], tally["verdict"]): tally for tally in tried["rules"]}
-    assert tallies["", "deny"]["samples"] == [refund]
-    assert tallies["small-refund", "deny"]["errors"] == 1
-    assert tallies["known", "allow"]["events"] == 1
-    mails_tally = tallies["mails", "throttle"]
-    assert (mails_tally["events"], mails_tally["waiting"], mails_tally["denied"]) == (10, 4, 2)
-    assert mails_tally["longest_wait_seconds"] == 60
-    shown = command.run(world.environment, "policy", "test", str(candidate))
-    assert "14 rows: 12 stricter, 0 looser than no policy; 1 could never be published" in shown.out
-    assert "mails: 4 would wait, 60 s at most; 2 would be denied" in shown.out
-    # beside one in force
-    start_relay(CDC_OUTBOX_RELAY__ON_POISON="dead-letter")
+
+    def said() -> tuple[str, str]:
+        findings = json.loads(command.run(world.environment, "doctor", "--json").out)["findings"]
+        ((state, found),) = [(each["state"], each["found"]) for each in findings if each["check"] == "policy"]
+        return state, found
+
+    assert said() == ("ok", "none is in force: every event may go to Kafka")
+    start_relay()
     assert activate(world, tmp_path / "strict.toml").exit_code == 0
-    opened = command.run(world.environment, "policy", "test", str(tmp_path / "open.toml"), "--fail-on", "looser")
-    assert opened.exit_code == 4
-    assert "12 events are treated looser than now" in opened.error
-    same = command.run(world.environment, "policy", "test", str(tmp_path / "strict.toml"), "--fail-on", "looser")
-    assert (same.exit_code, "0 stricter, 0 looser than the policy in force" in same.out) == (0, True)
+    assert said()[0] == "ok"
+    world.settings["CDC_OUTBOX_POSTGRES__SLOT"] = f"{world.slot}_other"
+    assert said() == ("warning", f"none governs slot '{world.slot}_other', but one does '{world.slot}'")
 
 
-@pytest.mark.parametrize("kind", ["bytea", "text", "jsonb"])
-@pytest.mark.rest
-def test_a_trial_judges_every_kind_of_payload(world: World, tmp_path: Path, kind: str) -> None:
-    world.db.execute(
-        f"CREATE TABLE events (key text, id int, what text, body {kind});"
-        """INSERT INTO events VALUES ('k', 1, 'refund', '{"amount": 501}'), ('k', 2, NULL, '{"amount": 1}')"""
-    )
-    world.settings |= {
-        "CDC_OUTBOX_OUTBOX__TABLE": "events",
-        "CDC_OUTBOX_OUTBOX__COLUMNS": '{"aggregate_id": "key", "event_type": "what", "payload": "body"}',
-        "CDC_OUTBOX_KAFKA__TOPIC": "events",
-    }
-    file = tmp_path / "policy.toml"
-    file.write_text('version = 1\n[[rule]]\nid = "r"\nwhen = { "payload.amount" = { gt = 500 } }\nverdict = "allow"\n')
-    tried = json.loads(command.run(world.environment, "policy", "test", str(file), "--json").out)
-    assert [(tally["rule"], tally["samples"]) for tally in tried["rules"]] == [("r", ["1"]), ("", ["2"])]
-
-
-def test_an_event_is_explained(governed: World, tmp_path: Path, start_relay: StartRelay) -> None:
+def test_a_relay_that_cannot_read_the_policy_publishes_nothing(governed: World) -> None:
     world = governed
-    event_id = world.insert("a", event_type="refund.asked", payload='{"amount": "620"}')
-    file = tmp_path / "strict.toml"
-    assert command.run(world.environment, "policy", "explain", event_id).exit_code == 2, "none is in force"
-    told = command.run(world.environment, "policy", "explain", event_id, "--file", str(file))
-    assert told.out.splitlines() == [
-        "3: rule card does not match",
-        '     no  when event_type = "customer.*"',
-        '     no  when payload.card = {"exists":true}',
-        "9: rule small-refund cannot be evaluated: deny (on_error)",
-        '    yes  when event_type = "refund.*"',
-        '      ?  when payload.amount = {"le":500}',
-    ]
-    start_relay(CDC_OUTBOX_KAFKA__CREATE_TOPICS="true")
-    assert activate(world, file).exit_code == 0
+    aggregate_type = world.create_topic()
+    world.insert(aggregate_type)
+    user = f"{world.name}_blind"
+    world.db.execute(f"CREATE ROLE {user} LOGIN REPLICATION PASSWORD 'pw'")
+    try:
+        dsn = psycopg.conninfo.make_conninfo(world.dsn, user=user, password="pw")
+        done = command.run({**world.environment, "CDC_OUTBOX_POSTGRES__DSN": dsn}, "run")
+        assert done.exit_code == 3
+        assert "cannot read which policy is in force" in done.error
+    finally:
+        world.db.execute(f"DROP ROLE {user}")
+    assert read_topic(world.bootstrap_servers, f"outbox.{aggregate_type}", 0) == []
+
+
+def test_a_policy_that_is_long_and_wrong_ends_no_relay(governed: World, start_relay: StartRelay) -> None:
+    world = governed
+    start_relay()
+    world.db.execute(ASK, [world.slot, "x = [" + "[" * 100_000])
+    world.db.execute(ASK, [world.slot, "".join(f"key{number} = 1\n" for number in range(20_000))])
     world.wait_until_confirmed()
-    other = world.insert("a", event_type="x")
-    said = command.run(world.environment, "policy", "explain", other).out
-    assert said.endswith("no rule decides: deny\n")
-    told_json = json.loads(command.run(world.environment, "policy", "explain", event_id, "--json").out)
-    assert [rule["matches"] for rule in told_json["rules"]] == [False, None]
-    missing = command.run(world.environment, "policy", "explain", "no such id")
-    assert (missing.exit_code, "is not in public.outbox" in missing.error) == (2, True)
+    log = json.loads(command.run(world.environment, "policy", "log", "--json").out)
+    assert [each["state"] for each in log] == ["refused", "refused"]
+
+
+@pytest.mark.rest
+def test_a_restart_inside_a_large_denied_transaction(governed: World, tmp_path: Path, start_relay: StartRelay) -> None:
+    """What was recorded of it is passed over, however much that is."""
+    world = governed
+    relay = start_relay()
+    assert activate(world, tmp_path / "strict.toml").exit_code == 0
+    rows = "SELECT i % 100, 'x', '{}' FROM generate_series(1, 100000) i"
+    world.db.execute(f"INSERT INTO outbox (aggregate_id, event_type, payload) {rows}".encode())
+
+    def recorded() -> int:
+        row = world.db.execute("SELECT count(*) FROM cdc_outbox.parked").fetchone()
+        assert row
+        return int(row[0])
+
+    wait_until(lambda: recorded() > 20_000, "some of it is recorded", timeout_seconds=30)
+    relay.process.kill()
+    relay.process.wait()
+    assert recorded() < 100_000
+    start_relay()
+    world.wait_until_confirmed(timeout_seconds=60)
+    assert recorded() == 100_000

@@ -65,6 +65,8 @@ def test_who_asks_waits_for_the_outcome(poisoned: World, start_relay: StartRelay
     assert (refused.exit_code, refused.out) == (4, "")
     assert f"dead letter 1 was refused again: topic outbox.{small(world)} refuses it" in refused.error
     assert command.run(world.environment, *verb, "1", "99", "--topic", topic).exit_code == 2
+    twice = command.run(world.environment, *verb, "2", "2")
+    assert (twice.exit_code, twice.error.count("was refused again")) == (4, 1), "asked for once"
     assert {letter["state"] for letter in dead_letters(world)} == {"open"}, "all are asked for, or none"
     done = command.run(world.environment, *verb, "1", "--topic", topic)
     assert (done.exit_code, done.out) == (0, "dead letter 1 redriven\n")
@@ -72,8 +74,10 @@ def test_who_asks_waits_for_the_outcome(poisoned: World, start_relay: StartRelay
     relay.process.wait(20)
     late = command.run(world.environment, *verb, "2", "--topic", topic, "--timeout", "1s")
     assert late.exit_code == 4
-    assert "dead letter 2 was not redriven in time: does the relay run? Request 4 stands" in late.error
+    assert "dead letter 2 was not redriven in time: does the relay run? Request 5 stands" in late.error
     again = command.start(world.environment, *verb, "2", "--topic", topic)
+    asked = "SELECT count(*) FROM cdc_outbox.request WHERE parked_id = 2"
+    wait_until(lambda: world.db.execute(asked).fetchone() == (2,), "it has asked, too")
     start_relay()
     said = again.communicate(timeout=30)[1]
     assert "dead letter 2 was passed over: it is " in said, "the first request stood"

@@ -78,7 +78,10 @@ class Driver:
     ) -> None:
         outbox, known = Outbox("public", "outbox", {name: (name,) for name in OUTBOX}), set[str]()
         router = Router(outbox, TopicTemplate("outbox.{aggregate_type}"), "plain", "", known)
-        self.pipeline = Pipeline(Routing([router], strays or Strays(), known), publisher, settled)
+        by_commit: dict[int, set[int]] = {}
+        for position in settled:
+            by_commit.setdefault(position.commit_lsn, set()).add(position.ordinal)
+        self.pipeline = Pipeline(Routing([router], strays or Strays(), known), publisher, by_commit)
         self.watermark = self.pipeline.watermark
         self.kept: list[Parking] = []
         self.refused: list[tuple[int, str]] = []

@@ -1,5 +1,13 @@
-"""The policy that the design shows, and that the suites judge by."""
+"""Policies that the suites judge by, and what they ask of the command."""
 
+import json
+from pathlib import Path
+from typing import Any
+
+from support import command
+from support.world import World
+
+#: The one that the design shows.
 EXAMPLE = b"""\
 version   = 1
 default   = "deny"                     # unknown types stay inside
@@ -53,3 +61,35 @@ id = "known"
 when = { aggregate_type = ["order", "refund", "email", "run"] }
 verdict = "allow"
 """
+
+STRICT = b"""\
+version = 1
+
+[[rule]]
+id = "card"
+when = { event_type = "customer.*", "payload.card" = { exists = true } }
+verdict = "deny"
+keep = "hash"
+
+[[rule]]
+id = "small-refund"
+when = { event_type = "refund.*", "payload.amount" = { le = 500 } }
+verdict = "allow"
+
+[[rule]]
+id = "known"
+when = { event_type = ["order.*", "customer.*"] }
+verdict = "allow"
+"""
+OPEN = b'version = 1\ndefault = "allow"\n'
+ASK = "INSERT INTO cdc_outbox.request (slot, kind, body, reason) VALUES (%s, 'policy', %s, 'r')"
+FORGED = "INSERT INTO cdc_outbox.request (slot, kind, body, reason, principal) VALUES ('s', 'policy', '', '', 'boss')"
+
+
+def activate(world: World, file: Path, *arguments: str) -> command.Done:
+    return command.run(world.environment, "policy", "activate", str(file), "--reason", "ticket 88", *arguments)
+
+
+def denied(world: World) -> list[dict[str, Any]]:
+    holds: list[dict[str, Any]] = json.loads(command.run(world.environment, "holds", "list", "--json").out)
+    return holds[::-1]

@@ -288,3 +288,16 @@ def test_a_policy_needs_no_topic_to_deny() -> None:
     driver.feed([RELATION, *transaction(10, frames.insert(7, [b"e", b"no topic", b"a", b"t", b"{}"]))])
     assert driver.topics == []
     assert [denied.record.topic for denied in driver.denied] == ["outbox.no topic"]
+
+
+def test_what_is_denied_by_its_types_is_denied_whatever_else_is_wrong_with_it() -> None:
+    driver = make(FakePublisher())
+    driver.pipeline.govern(Gates(read_policy(b"version = 1")))
+    no_key = frames.insert(7, [b"e", b"order", None, b"t", b"{}"])
+    driver.feed([RELATION, *transaction(10, no_key, event(2))])
+    assert [denied.event.event_id for denied in driver.denied] == ["e", "e2"]
+    assert driver.kept == []
+    source = b'version = 1\n[[rule]]\nid = "r"\nwhen = { "payload.x" = 1 }\nverdict = "allow"\n'
+    driver.pipeline.govern(Gates(read_policy(source)))
+    driver.feed(transaction(20, no_key))
+    assert [parking.poison.reason for parking in driver.kept] == ["aggregate_id_null"], "it was not judged"

@@ -1,5 +1,7 @@
 """A policy file: what it means, and everything that is wrong with it, each with its line."""
 
+import time
+
 import pytest
 
 from cdc_outbox.relay.policy.document import (
@@ -196,6 +198,15 @@ def test_a_rule_that_can_never_match_is_told(first: str, second: str, *, is_told
 @pytest.mark.parametrize("when", ['"payload.a" = { gt = 5, lt = 3 }', '"payload.a" = { exists = false, eq = 3 }'])
 def test_a_condition_that_contradicts_itself_is_told(when: str) -> None:
     assert "it can never match" in warnings(rule(f'when = {{ event_type = "a", {when} }}'))[0].message
+
+
+def test_many_mistakes_are_told_in_a_moment() -> None:
+    """And some of them: nobody reads more."""
+    began = time.monotonic()
+    assert len(mistakes("\n".join(f"key{number} = 1" for number in range(15_000)))) <= 101
+    rules = "".join(f'[[rule]]\nid = "r{number}"\ncolour = 1\nverdict = "allow"\n' for number in range(4_000))
+    assert len(mistakes(f"version = 1\n{rules}")) == 100
+    assert time.monotonic() - began < 10
 
 
 @pytest.mark.parametrize("when", ['"payload.a" = 1', '"payload.a" = 1, event_type = "*"'])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cdc_outbox.relay.policy.conditions import read_condition
-from cdc_outbox.relay.policy.document import read_policy
+from cdc_outbox.relay.policy.document import Deny, read_policy
 from cdc_outbox.relay.policy.gate import Gates, Ruling
 from support.policies import EXAMPLE
 
@@ -188,7 +188,22 @@ def test_types_are_remembered_up_to_a_bound() -> None:
     for number in range(25_000):
         assert judge(policy, b"a.%d" % number).rule == "r"
     assert len(policy) <= 10_000
-    assert len(policy.settled) <= 10_000
+    assert len(policy._made) == 1, "one gate for all of them"
+
+
+def test_long_types_are_not_remembered() -> None:
+    policy = gates(rule('event_type = "a.*", "payload.x" = 1'))
+    assert judge(policy, b"a." + b"x" * 1000, b'{"x": 1}').rule == "r"
+    assert judge(policy, b"b" * 1000).action.verdict == "deny"
+    assert len(policy) == 0
+
+
+def test_what_is_not_to_be_stored_is_not_stored_for_want_of_an_evaluation() -> None:
+    policy = gates(rule('event_type = "a.*", "payload.card" = { exists = true }', 'keep = "hash"', "deny"))
+    ruling = judge(policy, payload=b"\xef\xbb\xbf{}")
+    assert ruling.is_error
+    assert isinstance(ruling.action, Deny)
+    assert ruling.action.keep == "hash"
 
 
 @given(st.text("ab*", max_size=6), st.text("ab\n", max_size=8))

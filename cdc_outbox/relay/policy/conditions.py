@@ -6,9 +6,10 @@ False: the rule's event then goes where ``on_error`` says, and not to the next r
 Source: governance.md, section 2. orjson decides what JSON is: of duplicate keys the last counts.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime, time, tzinfo
+from datetime import UTC, datetime, tzinfo
 from enum import Enum
 from math import isfinite
 from typing import Any, Final
@@ -22,6 +23,7 @@ TEXT_FIELDS: Final = (*STATIC_FIELDS, "aggregate_id", "event_id", "topic", "orig
 ORIGINS: Final = ("outbox", "replay", "redrive")
 _FIELDS: Final = (*TEXT_FIELDS, "headers.<name>", "payload.<path>", "payload_bytes", "commit_time")
 _OPERATORS: Final = ("eq", "ne", "gt", "ge", "lt", "le", "in", "exists")
+_TIME: Final = re.compile(r"(\d\d):(\d\d)", re.ASCII)
 _DAYS: Final = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
 
 #: True or False; None if it cannot be told.
@@ -198,6 +200,8 @@ def _check_operand(operator: str, operand: Any, field: str) -> None:
 def _check_constant(operator: str, constant: Any, field: str) -> None:
     if not isinstance(constant, _Scalar) or (isinstance(constant, float) and not isfinite(constant)):
         raise ValueError(f"{field} is compared with {constant!r}: write text, a number, true or false")
+    if isinstance(constant, int) and not -(2**63) <= constant < 2**63:
+        raise ValueError(f"{field} is compared with {constant!r}: an integer has at most 64 bits; write {constant:.1e}")
     if isinstance(constant, bool) and operator in ("gt", "ge", "lt", "le"):
         raise ValueError(f"{operator} compares numbers or text, not {constant!r}")
 
@@ -310,10 +314,10 @@ def _hours(text: Any) -> tuple[int, int]:
 
 
 def _minute(text: str) -> int:
-    if text.strip() == "24:00":
-        return 24 * 60
-    moment = time.fromisoformat(text.strip())
-    return moment.hour * 60 + moment.minute
+    hour, minute = (int(part) for part in _TIME.fullmatch(text.strip()).groups())  # type: ignore[union-attr]
+    if hour * 60 + minute > 24 * 60 or minute > 59:
+        raise ValueError
+    return hour * 60 + minute
 
 
 def _zone(name: Any) -> tzinfo:

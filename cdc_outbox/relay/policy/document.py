@@ -7,7 +7,6 @@ evaluation error never publishes. Source: governance.md, section 2.
 import hashlib
 import re
 import tomllib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Final, Literal
 
@@ -17,6 +16,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from cdc_outbox.relay.policy.conditions import TEXT_FIELDS, Condition, check_field, read_condition
 
 MAX_BYTES: Final = 256 * 1024
+#: Finding a mistake's line takes time, and somebody has to read them.
+_MOST_MISTAKES: Final = 100
 VERDICTS: Final = ("allow", "deny", "approve", "throttle")
 _SECONDS: Final = {"s": 1, "sec": 1, "min": 60, "m": 60, "h": 3600, "hour": 3600, "d": 86400, "day": 86400}
 _DURATION: Final = re.compile(r"(\d{1,9})(s|m|h|d)", re.ASCII)
@@ -224,7 +225,10 @@ class _Reader:
         if not isinstance(tables, list) or not all(isinstance(each, dict) for each in tables):
             self._mistake("rule", "rules are written [[rule]]")
             tables = []
-        rules = [rule for number, each in enumerate(tables) if (rule := self._rule(number, each))]
+        rules = []
+        for number, each in enumerate(tables):
+            if len(self._mistakes) < _MOST_MISTAKES and (rule := self._rule(number, each)):
+                rules.append(rule)
         self._check_ids(tables)
         if self._mistakes:
             raise PolicyError(sorted(self._mistakes, key=lambda mistake: mistake.line))
@@ -234,7 +238,7 @@ class _Reader:
 
     def _check_top(self) -> None:
         allowed = ("version", "default", "initiator", "on_error", "rule")
-        for key in self._table.keys() - set(allowed):
+        for key in sorted(self._table.keys() - set(allowed))[:_MOST_MISTAKES]:
             self._mistake(key, f"unknown key {key!r} ({', '.join(allowed)})")
         if "version" not in self._table:
             self._mistake("version", "version = 1 is missing")
@@ -282,7 +286,7 @@ class _Reader:
         try:
             return model.model_validate(table)
         except ValidationError as error:
-            for found in error.errors(include_url=False):
+            for found in error.errors(include_url=False)[:_MOST_MISTAKES]:
                 key = str(found["loc"][0])
                 self._mistakes.append(Mistake(line_of(key), rule, _explain(key, found, model)))
             return None
@@ -290,8 +294,8 @@ class _Reader:
     def _check_ids(self, tables: list[dict[str, Any]]) -> None:
         seen: set[Any] = set()
         for number, table in enumerate(tables):
-            name = str(table.get("id", ""))
-            if name in seen and number < len(self._heads):
+            name = str(table.get("id", ""))[:63]
+            if name in seen and number < len(self._heads) and len(self._mistakes) < _MOST_MISTAKES:
                 self._mistakes.append(Mistake(self._line_in_rule(self._heads[number], "id"), name, "its id is taken"))
             seen.add(name)
 
@@ -341,8 +345,3 @@ def _explain(key: str, found: Any, model: type[_Strict]) -> str:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."
-
-
-def conditions_of(rule: Rule) -> Iterator[Condition]:
-    yield from rule.when
-    yield from rule.unless

@@ -5,21 +5,24 @@ a function is generated of the rules that remain, as `wal.row_plan` generates ro
 never a word of the policy or of an event. The payload is parsed once, and only if a rule that is reached asks for it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
 from cdc_outbox.relay.headers import Headers
-from cdc_outbox.relay.policy.conditions import Condition, all_of, parse_payload, value_at
-from cdc_outbox.relay.policy.document import Action, Allow, Approve, Policy, Rule
-from cdc_outbox.relay.router import Record
+from cdc_outbox.relay.policy.conditions import STATIC_FIELDS, Condition, all_of, parse_payload, value_at
+from cdc_outbox.relay.policy.document import Action, Allow, Approve, Deny, Policy, Rule
+from cdc_outbox.relay.router import Record, as_text
 
-#: Pairs of types that are remembered. Types come from rows: who writes rows decides how many there are.
-_MAX_GATES: Final = 10_000
+#: Pairs of types that are remembered, and how long they may be together; gates that are. Types come from rows: who
+#: writes rows decides how many there are, and how long.
+_MAX_TYPES: Final = 10_000
+_LONGEST_REMEMBERED: Final = 500
+_MAX_GATES: Final = 200
 #: Where a field's value is found in a gate, but for headers and the payload.
 _SOURCES: Final = {
-    "aggregate_id": "text(key)",
-    "event_id": "text(event_id)",
+    "aggregate_id": "as_text(key)",
+    "event_id": "as_text(event_id)",
     "topic": "topic",
     "origin": "origin",
     "payload_bytes": "len(value or b'')",
@@ -65,8 +68,9 @@ class Gates(dict[Types, Gate | None]):
         super().__init__()
         self.policy = policy
         self._default = Ruling(policy.default, "")
-        #: what is said of all events of these types
-        self.settled: dict[Types, Ruling] = {}
+        self._rulings: dict[Types, Ruling | None] = {}
+        #: gates by the rules that remain: types are many, such sets are few
+        self._made: dict[tuple[object, ...], tuple[Gate | None, Ruling | None]] = {}
         #: by rule in mode watch: events that it would have taken, and those that it could not be evaluated for
         self.watched: dict[str, int] = {rule.id: 0 for rule in policy.rules if rule.is_watched}
         self.watch_errors: dict[str, int] = dict(self.watched)
@@ -76,41 +80,59 @@ class Gates(dict[Types, Gate | None]):
         return True
 
     def __missing__(self, types: Types) -> Gate | None:
-        if len(self) >= _MAX_GATES:
+        if len(self) >= _MAX_TYPES:
             self.clear()
-            self.settled.clear()
-        made = self._make(types)
-        if isinstance(made, Ruling):
-            self.settled[types] = made
-            self[types] = None if made.is_allowed else lambda *_: made
-        else:
-            self[types] = made
-        return self[types]
+            self._rulings.clear()
+        gate, ruling = self._find(types)
+        if sum(len(each or b"") for each in types) <= _LONGEST_REMEMBERED:
+            self[types], self._rulings[types] = gate, ruling
+        return gate
+
+    def by_types(self, types: Types) -> Ruling | None:
+        """What is said of all events of these types; None if it depends on the event."""
+        return self._rulings[types] if types in self._rulings else self._find(types)[1]
 
     def judge(self, types: Types, *event: Any) -> Ruling:
         """As the relay does; of what it allows, too, by which rule."""
         gate = self[types]
-        return self.settled[types] if gate is None else gate(*event)
+        ruling = self.by_types(types)
+        if ruling is not None:
+            return ruling
+        assert gate is not None
+        return gate(*event)
 
-    def _make(self, types: Types) -> Gate | Ruling:
-        values = {name: text(value) for name, value in zip(("aggregate_type", "event_type"), types, strict=True)}
+    def _find(self, types: Types) -> tuple[Gate | None, Ruling | None]:
+        values = dict(zip(STATIC_FIELDS, map(as_text, types), strict=True))
+        remaining = tuple(rule for rule in self.policy.rules if not _can_never_match(rule, values))
+        initiator = self.policy.initiator
+        key = (
+            *(rule.id for rule in remaining),
+            *(rule.id for rule in remaining if _never_exempts(rule, values)),
+            values.get(initiator) if initiator else None,
+        )
+        if key not in self._made:
+            if len(self._made) >= _MAX_GATES:
+                self._made.clear()
+            self._made[key] = self._make(remaining, values)
+        return self._made[key]
+
+    def _make(self, rules: Sequence[Rule], values: Mapping[str, str | None]) -> tuple[Gate | None, Ruling | None]:
         function = _Function(self.policy, values, self.watched, self.watch_errors)
-        for rule in self.policy.rules:
-            if not _can_never_match(rule, values) and function.add(rule):
+        for rule in rules:
+            if function.add(rule):
                 break
         else:
             function.end(self._default)
-        return function.ruling or function.compile()
-
-
-def text(value: bytes | None) -> str | None:
-    return None if value is None else str(value, "utf-8", "replace")
+        ruling = function.ruling
+        if ruling is None:
+            return function.compile(), None
+        return (None if ruling.is_allowed else lambda *_: ruling), ruling
 
 
 def header(headers: Headers, wanted: str) -> str | None:
     for name, value in headers:
         if name == wanted:
-            return text(value)
+            return as_text(value)
     return None
 
 
@@ -118,16 +140,24 @@ def field_of(name: str, types: Types, event_id: bytes | None, record: Record) ->
     """One of an event's text fields."""
     match name:
         case "aggregate_type":
-            return text(types[0])
+            return as_text(types[0])
         case "event_type":
-            return text(types[1])
+            return as_text(types[1])
         case "event_id":
-            return text(event_id)
+            return as_text(event_id)
         case "aggregate_id":
-            return text(record.key)
+            return as_text(record.key)
         case "topic":
             return record.topic
     return header(record.headers, name.removeprefix("headers."))
+
+
+def _on_error(policy: Policy, rule: Rule) -> Action:
+    """What the rule would not have stored again is not stored for want of an evaluation either."""
+    action = policy.on_error
+    if isinstance(action, Deny) and isinstance(rule.action, Deny) and rule.action.keep == "hash":
+        return action.model_copy(update={"keep": "hash"})
+    return action
 
 
 def _can_never_match(rule: Rule, types: Mapping[str, str | None]) -> bool:
@@ -135,6 +165,11 @@ def _can_never_match(rule: Rule, types: Mapping[str, str | None]) -> bool:
     if any(each.is_static and not each.check(types[each.field]) for each in rule.when):
         return True
     return bool(rule.unless) and all(each.is_static and each.check(types[each.field]) for each in rule.unless)
+
+
+def _never_exempts(rule: Rule, types: Mapping[str, str | None]) -> bool:
+    """Whether ``unless`` cannot hold as a whole, by the types alone."""
+    return any(each.is_static and not each.check(types[each.field]) for each in rule.unless)
 
 
 class _Function:
@@ -149,7 +184,7 @@ class _Function:
             "all_of": all_of,
             "parse": parse_payload,
             "at": value_at,
-            "text": text,
+            "as_text": as_text,
             "header": header,
             "watched": watched,
             "errors": errors,
@@ -162,8 +197,8 @@ class _Function:
         """Whether no later rule can be reached."""
         when = [each for each in rule.when if not each.is_static]
         unless = [each for each in rule.unless if not each.is_static]
-        if any(each.is_static and not each.check(self._types[each.field]) for each in rule.unless):
-            unless = []  # it cannot hold as a whole
+        if _never_exempts(rule, self._types):
+            unless = []
         ruling = Ruling(rule.action, rule.id, rule.sha256)
         initiator = self._policy.initiator if isinstance(rule.action, Approve) and not rule.is_watched else None
         if not (when or unless or initiator or rule.is_watched):
@@ -179,7 +214,7 @@ class _Function:
             name = self._name(rule.id)
             take, give_up = f"watched[{name}] += 1", f"errors[{name}] += 1"
         else:
-            error = Ruling(self._policy.on_error, rule.id, rule.sha256, is_error=True)
+            error = Ruling(_on_error(self._policy, rule), rule.id, rule.sha256, is_error=True)
             take, give_up = f"return {self._name(ruling)}", f"return {self._name(error)}"
         if not (unclear or unless or initiator):
             self._lines.append(f"{indent}{take}")
@@ -210,8 +245,6 @@ class _Function:
         return gate
 
     def _call(self, condition: Condition) -> str:
-        if condition.is_static:
-            return repr(bool(condition.check(self._types[condition.field])))
         return f"{self._name(condition.check)}({self._value(condition.field)})"
 
     def _value(self, field: str) -> str:

@@ -45,7 +45,7 @@ def _texts(condition: Condition) -> list[str]:
 
 
 def _contradiction(rule: Rule) -> str:
-    for condition in (*rule.when, *rule.unless):
+    for condition in rule.when:
         wanted = condition.wanted
         if not isinstance(wanted, dict) or condition.field == "commit_time":
             continue
@@ -56,7 +56,7 @@ def _contradiction(rule: Rule) -> str:
                 return f"{condition.field} cannot be above {max(lower)!r} and below {min(upper)!r}"
         except TypeError:
             return f"{condition.field} is compared with values of two types"
-        if wanted.get("exists") is False and len(wanted) > 1:
+        if condition.payload_path and wanted.get("exists") is False and len(wanted) > 1:
             return f"{condition.field} is compared, and must not exist"
     return ""
 
