@@ -14,7 +14,7 @@ from rich.text import Text
 
 from cdc_outbox.cli.duration import waiting
 from cdc_outbox.cli.main import Settings
-from cdc_outbox.cli.terminal import portable, print_field, printable
+from cdc_outbox.cli.terminal import print_event, printable
 from cdc_outbox.errors import CheckFailed
 from cdc_outbox.operations import dead_letters
 from cdc_outbox.operations.dead_letters import DeadLetter
@@ -70,16 +70,8 @@ def list_(settings: Settings, /, *, as_json: bool, **wanted: Any) -> None:
 def show(settings: Settings, *, dead_letter_id: int, as_json: bool) -> None:
     """Show one dead letter, payload and all."""
     with _connect(settings) as connection:
-        letter = asdict(dead_letters.get(connection, dead_letter_id))
-    if as_json:
-        click.echo(orjson.dumps({**letter, **{column: portable(letter[column]) for column in ("key", "payload")}}))
-        return
-    for column, value in letter.items():
-        if column == "headers":
-            for name, content in value or []:
-                print_field("header", f"{name}: {content}")
-        elif value is not None:
-            print_field(column, value)
+        letter = dead_letters.get(connection, dead_letter_id)
+    print_event(asdict(letter), as_json=as_json)
 
 
 @command.command()

@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cdc_outbox.cli.main import Settings
-from cdc_outbox.cli.terminal import portable, print_field, printable
+from cdc_outbox.cli.terminal import print_event, printable
 from cdc_outbox.operations import holds
 from cdc_outbox.postgres.connection import Connection, connect
 
@@ -53,16 +53,8 @@ def list_(settings: Settings, *, state: str, limit: int, as_json: bool) -> None:
 def show(settings: Settings, *, hold_id: int, as_json: bool) -> None:
     """Show one, payload and all: event, rule, policy and reason."""
     with _connect(settings) as connection:
-        hold = asdict(holds.get(connection, hold_id))
-    if as_json:
-        click.echo(orjson.dumps({**hold, **{column: portable(hold[column]) for column in ("key", "payload")}}))
-        return
-    for column, value in hold.items():
-        if column == "headers":
-            for name, content in value or []:
-                print_field("header", f"{name}: {content}")
-        elif value is not None:
-            print_field(column, value)
+        hold = holds.get(connection, hold_id)
+    print_event(asdict(hold), as_json=as_json)
 
 
 def _connect(settings: Settings) -> Connection:

@@ -2,9 +2,11 @@
 
 import base64
 import re
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 import click
+import orjson
 
 #: Control characters but for tab and newline.
 _OBEYED: Final = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -28,3 +30,16 @@ def portable(content: bytes | None) -> dict[str, str] | None:
         return {"text": content.decode()}
     except UnicodeDecodeError:
         return {"base64": base64.b64encode(content).decode()}
+
+
+def print_event(event: Mapping[str, Any], *, as_json: bool) -> None:
+    """One that is kept whole: its columns, of which key and payload are bytes, headers a list of names and values."""
+    if as_json:
+        click.echo(orjson.dumps({**event, **{column: portable(event[column]) for column in ("key", "payload")}}))
+        return
+    for column, value in event.items():
+        if column == "headers":
+            for name, content in value or []:
+                print_field("header", f"{name}: {content}")
+        elif value is not None:
+            print_field(column, value)
