@@ -152,6 +152,7 @@ def test_config_show(world: World) -> None:
 
 
 @pytest.mark.parametrize("calm", [["--calm"], []], ids=["calm", "with deaths"])
+@pytest.mark.rest
 def test_demo_on_given_servers_leaves_nothing(world: World, calm: list[str]) -> None:
     servers = ["--postgres", world.admin_dsn, "--kafka", world.bootstrap_servers]
     done = command.run({}, "demo", "--seconds", "3", "--json", *calm, *servers, timeout_seconds=90)

@@ -75,6 +75,7 @@ class TestRefusals:
 
 
 @pytest.mark.parametrize("kind", [by_psycopg, by_psycopg2, by_sqlalchemy, by_session])
+@pytest.mark.rest
 def test_with_each_kind_of_connection(topic: Topic, kind: Callable[[str], tuple[Any, Any, Any]]) -> None:
     """Handled once; poison parked, unparked; connections cut by the server in between."""
     connect, inbox, execute = kind(topic.world.dsn)

@@ -71,6 +71,7 @@ def small_topic(world: World) -> str:
     return aggregate_type
 
 
+@pytest.mark.rest
 def test_headers_that_the_database_cannot_write(latin1_world: World, tmp_path: Path) -> None:
     r"""\u20ac is in JSON's text, and in no LATIN1."""
     world = latin1_world
@@ -172,6 +173,7 @@ def test_a_standby_of_a_database_that_is_not_in_utf8(kafka: str, server: str, tm
         assert "round trip: a canary was in" in command.run(world.environment, "doctor").out
 
 
+@pytest.mark.rest
 def test_a_dead_letter_with_a_key_that_is_no_text_wants_another(kafka: str, server: str, tmp_path: Path) -> None:
     with make_world(server, kafka, encoding="SQL_ASCII") as world:
         lenient(world)

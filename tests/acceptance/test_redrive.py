@@ -187,6 +187,7 @@ def test_a_redrive_of_what_never_fits_into_the_queue(poisoned: World, start_rela
     assert set(ids_of(world, aggregate_type, 2)) == {after, event_id}
 
 
+@pytest.mark.rest
 def test_an_outcome_that_cannot_be_recorded_is_not_confirmed(poisoned: World, start_relay: StartRelay) -> None:
     world = poisoned
     event_id = world.insert(small(world), payload=too_large())

@@ -50,6 +50,7 @@ def insert_events(world: World, aggregate_type: str) -> None:
     world.insert(aggregate_type, payload=poison, headers=json.dumps([PLANTED["header"]]))
 
 
+@pytest.mark.rest
 def test_what_a_relay_says_in_good_times_and_bad(world: World, start_relay: StartRelay, tmp_path: Path) -> None:
     world.migrate()
     aggregate_type = world.create_topic()

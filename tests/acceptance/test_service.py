@@ -41,6 +41,7 @@ def end_three_times(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+@pytest.mark.rest
 def test_a_clean_stop_under_load_resends_nothing(world: World, start_relay: StartRelay, number: signal.Signals) -> None:
     def stop(relay: RelayProcess) -> None:
         relay.process.send_signal(number)
@@ -139,6 +140,7 @@ def test_http(world: World, start_relay: StartRelay) -> None:
     )
 
 
+@pytest.mark.rest
 def test_who_hangs_up_before_the_answer_leaves_no_trace(world: World, start_relay: StartRelay) -> None:
     world.migrate()
     relay = start_relay()

@@ -66,6 +66,7 @@ def set_whims(world: World) -> None:
             assert name in ("transaction_timeout", "restrict_nonsystem_relation_kind"), "all others are older than 14"
 
 
+@pytest.mark.rest
 def test_a_database_full_of_whims(every_world: World, start_relay: StartRelay, tmp_path: Path) -> None:
     world = every_world
     set_whims(world)

@@ -24,6 +24,7 @@ def topics(world: World, *types: str) -> dict[str, dict[str, Any]]:
     return {topic["name"]: topic for topic in json.loads(done.out)}
 
 
+@pytest.mark.rest
 def test_a_new_outbox_asks_for_the_topic_of_its_default(templated: World, start_relay: StartRelay) -> None:
     world = templated
     topic = f"{world.name}.event"
@@ -64,6 +65,7 @@ def test_what_rows_and_dead_letters_ask_for(templated: World, start_relay: Start
     assert "passed over: topic" in created.err
 
 
+@pytest.mark.rest
 def test_types_by_name(templated: World) -> None:
     world = templated
     world.settings["CDC_OUTBOX_POSTGRES__DSN"] = "host=127.0.0.1 port=1"  # the database is not asked

@@ -123,6 +123,7 @@ def running(world: World, command: tuple[str, ...], log: Path, **more: str) -> I
 
 
 @pytest.mark.parametrize("module", ["consumer_confluent", "consumer_aiokafka", "consumer_faststream"])
+@pytest.mark.rest
 def test_a_consumer_ships_each_order_once(shop: World, module: str, tmp_path: Path) -> None:
     run(shop, "-c", PLACE)
     records = read_topic(shop.bootstrap_servers, topic(shop), ORDERS)
