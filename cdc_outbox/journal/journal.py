@@ -10,11 +10,9 @@ Source: PostgreSQL manual, "Logical Replication Failover"; walsender.c (StandbyS
 
 import json
 import time
-from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final
 
 from cdc_outbox.errors import BrokenInvariant, OperatorNeeded, PoisonEvent, ServerStopping
@@ -62,10 +60,13 @@ class PassedOver:
 class NoJournal:
     """Keeps nothing and notes nothing: for `tail`, and for a database that has no schema cdc_outbox."""
 
-    settled: Mapping[int, AbstractSet[int]] = MappingProxyType({})
     gates: "Gates | None" = None
     started_at = LSN(0)
     written_lsn = LSN(0)
+
+    @property
+    def settled(self) -> dict[int, set[int]]:
+        return {}
 
     def standbys_have(self, lsn: LSN) -> bool:  # noqa: ARG002
         return True
@@ -122,14 +123,14 @@ class Journal:
         #: dead letters that are published again and not acknowledged yet
         self._in_flight: set[int] = set()
         #: events that are kept here, and that the stream may bring once more: ordinals by commit LSN
-        self.settled: Mapping[int, AbstractSet[int]] = parked.settled_since(
-            connection, continuity.system_identifier, slot.name, confirmed
-        )
+        self.settled = parked.settled_since(connection, continuity.system_identifier, slot.name, confirmed)
         #: of the policy in force where reading starts
         self.gates = policies.in_force(connection, continuity.system_identifier, slot.name, before=self.started_at)
         self._is_failover = bool(slot.failover)
         #: end of the log after what was written last about an event, if standbys must have it before that is confirmed
         self.written_lsn = LSN(0)
+        if self.settled:
+            self._look_where_the_log_ends()
 
     def park(self, parking: Parking) -> bool:
         """Keep an event that can never be published. False if it was kept before."""

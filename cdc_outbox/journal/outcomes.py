@@ -14,7 +14,11 @@ def outcome_of(connection: Connection, request_id: int) -> str | None:
 
 
 def record(connection: Connection, requests: Mapping[int, int | None], result: str, detail: str = "") -> None:
-    """Of requests, by id, and the parked events that they are about. Durable when it returns, outside a transaction."""
+    """Of requests, by id, and the parked events that they are about. Durable when it returns, outside a transaction.
+
+    ``detail`` may quote what somebody wrote: what this database cannot hold of it is escaped.
+    """
+    detail = detail.encode("ascii", "backslashreplace").decode().replace("\0", "\\0")
     with translated("recording what came of a request"):
         connection.execute(
             "INSERT INTO cdc_outbox.outcome (request_id, parked_id, result, detail)"

@@ -126,7 +126,8 @@ class AcknowledgedDelivery:
         self._isolation: Isolation | None = None
         self._is_dead = False
         self._purge_at = 0.0
-        #: topics that events go to, and how many partitions each had before its first one
+        #: how many partitions each topic has: as the cluster said last, and of those that events go to
+        self._partitions: dict[str, int] = {}
         self._begun: dict[str, int] = {}
         #: why no broker can be reached at the moment; None while one can
         self.unreachable: str | None = None
@@ -143,7 +144,8 @@ class AcknowledgedDelivery:
 
     def begin_topic(self, topic: str) -> None:
         """Before its first event: see that nothing passes it, see `opening`. Raises BrokerUnavailable."""
-        self._begun[topic] = self._count_partitions(topic)
+        # As at the session's start, if it was there: no broker need answer now.
+        self._begun[topic] = self._partitions.get(topic) or self._count_partitions(topic)
         self._opening.add(topic, self._begun[topic])
 
     def _count_partitions(self, topic: str) -> int:
@@ -214,7 +216,8 @@ class AcknowledgedDelivery:
             reason = self._trouble or error.args[0].str()
             raise BrokerUnavailable(f"no broker answers at {self._bootstrap_servers}: {reason}") from error
         self._trouble = self.unreachable = None
-        return {name: len(metadata.partitions) for name, metadata in topics.items()}
+        self._partitions = {name: len(metadata.partitions) for name, metadata in topics.items()}
+        return self._partitions
 
     def probe(self) -> None:
         """If librdkafka complained, find out whether any broker answers; one of several that fails is no trouble."""

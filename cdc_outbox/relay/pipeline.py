@@ -4,10 +4,9 @@ Pure: it is fed frames, hands on records, and returns when somebody has to do so
 on: wait for room, keep an event, look for a topic, carry out a request (see `stops`). Then it is fed again.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from cdc_outbox.errors import CdcOutboxError, MalformedStream, OperatorNeeded, PoisonEvent
@@ -92,13 +91,13 @@ class Pipeline:
         self,
         routing: Routing,
         publisher: Publisher,
-        settled: Mapping[int, AbstractSet[int]] = MappingProxyType({}),
+        settled: dict[int, set[int]] | None = None,
         *,
         started_at: int = 0,
         gates: "Gates | None" = None,
     ) -> None:
         """``settled``: events that the stream may bring once more, and that are kept durably since the first time:
-        ordinals by commit LSN.
+        ordinals by commit LSN. They may be millions: each is given up once its transaction has come.
 
         ``started_at``: the LSN that the stream begins at; all before is settled. ``gates``: of the policy in force.
         """
@@ -107,7 +106,7 @@ class Pipeline:
         self._known_topics = routing.known_topics
         self._plans = Plans(routing, gates)
         self._publisher = publisher
-        self._settled = dict(settled)
+        self._settled = {} if settled is None else settled
         self._commit_time_ms = 0
         #: of the transaction being received; nearly always empty
         self._settled_ordinals = _NONE

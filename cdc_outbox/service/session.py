@@ -93,6 +93,8 @@ class Session:
         self._shutdown = shutdown
         self._health = health
         self._metrics = health.metrics
+        # What was settled by rows of an earlier session is passed over: standbys must have those rows, too.
+        self._watermark.current.written_lsn = self._journal.written_lsn
         now = time.monotonic()
         self._sent_lsn = LSN(0)
         self._sent_at = 0.0
@@ -184,8 +186,13 @@ class Session:
             if letter := self._parker.take(request):
                 self._pipeline.redrive(request, letter)
         elif (gates := self._parker.activate(request, self._pipeline.reached)) is not None:
+            self._count_watched()
             self._pipeline.govern(gates)
             self._metrics.policy_in_force(gates.policy.sha256)
+
+    def _count_watched(self) -> None:
+        if self._pipeline.gates:
+            self._metrics.watched(self._pipeline.gates)
 
     def _make_room(self) -> None:
         """Wait until less is in flight. If nothing is, no room will come."""
@@ -270,12 +277,12 @@ class Session:
 
     def _drain(self, timeout_seconds: float) -> None:
         """Wait until nothing is in flight, at most ``timeout_seconds``; and for a moment until standbys have all."""
-        self._parker.flush()
         deadline = time.monotonic() + timeout_seconds
         while self._delivery.in_flight and (left := deadline - time.monotonic()) > 0:
             self._delivery.flush(min(0.1, left))
             self._settle()
             self._report(time.monotonic())
+        self._parker.flush()
         self._settle()
         deadline = min(deadline, time.monotonic() + _STANDBYS_AT_STOP_SECONDS)
         while self._waits_for_standbys_since is not None and time.monotonic() < deadline:
@@ -342,6 +349,7 @@ class Session:
             self._watch_health(now)
 
     def _send_last_status(self) -> None:
+        self._count_watched()
         self._send_status(last=True)
         self._stream.end(_END_SECONDS)
 
@@ -361,8 +369,7 @@ class Session:
         outstanding, acknowledged = self._watermark.outstanding, self._pipeline.acknowledged_events
         self._metrics.events_in_flight.set(outstanding)
         self._metrics.watch_oldest(self._watermark.oldest_commit_time_ms)
-        if self._pipeline.gates:
-            self._metrics.watched(self._pipeline.gates)
+        self._count_watched()
         if not outstanding or acknowledged != self._acknowledged:
             self._acknowledged, self._acknowledged_at = acknowledged, now
         if (alarm := self._health.alarm) is not None:  # read once: the monitor's thread takes it back

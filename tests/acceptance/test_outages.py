@@ -99,7 +99,8 @@ def test_a_broker_that_goes_and_comes_back(world: World, start_relay: StartRelay
             ids = [world.insert("t")]
             world.wait_until_confirmed()
             kafka.kill()
-            ids += [world.insert("t", f"a-{number}") for number in range(500)]
+            # of the partition that is open: the first event to another one would hold up those behind it
+            ids += [world.insert("t") for _ in range(500)]
             wait_until(lambda: readyz(relay)["state"] == "waiting", "not ready", timeout_seconds=10)
             assert "broker" in str(readyz(relay)["reason"]) or "Kafka" in str(readyz(relay)["reason"])
             assert readyz(relay)["phase"] == "stalled"

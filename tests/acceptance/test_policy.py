@@ -289,9 +289,11 @@ def test_a_policy_that_is_long_and_wrong_ends_no_relay(governed: World, start_re
     start_relay()
     world.db.execute(ASK, [world.slot, "x = [" + "[" * 100_000])
     world.db.execute(ASK, [world.slot, "".join(f"key{number} = 1\n" for number in range(20_000))])
+    world.db.execute(ASK, [world.slot, 'version = 1\n[[rule]]\nid = "a\\u0000"\nverdict = "allow"\n'])
+    world.db.execute(ASK, [world.slot, f"version = 1\nx = {'9' * 6000}"])
     world.wait_until_confirmed()
     log = json.loads(command.run(world.environment, "policy", "log", "--json").out)
-    assert [each["state"] for each in log] == ["refused", "refused"]
+    assert [each["state"] for each in log] == ["refused"] * 4
 
 
 @pytest.mark.rest

@@ -23,17 +23,19 @@ def test_a_policy_is_tried_on_the_rows_of_the_outbox(governed: World, tmp_path: 
         for _ in range(5):
             world.insert("a", event_type="mail.send", headers=f'{{"tenant": "{tenant}"}}', created_at="2026-01-01")
     world.insert("no topic of that name", event_type="order.new")
+    world.insert("no topic of that name", event_type="refund.asked", payload='{"amount": 900}')
     tried = json.loads(command.run(world.environment, "policy", "test", str(candidate), "--json").out)
-    assert (tried["rows"], tried["unroutable"], tried["stricter"], tried["looser"]) == (14, 1, 12, 0)
+    assert (tried["rows"], tried["unroutable"], tried["stricter"], tried["looser"]) == (15, 1, 13, 0)
     tallies = {(tally["rule"], tally["verdict"]): tally for tally in tried["rules"]}
-    assert tallies["", "deny"]["samples"] == [refund]
+    assert tallies["", "deny"]["samples"][0] == refund
+    assert tallies["", "deny"]["events"] == 2, "also what no topic can take"
     assert tallies["small-refund", "deny"]["errors"] == 1
     assert tallies["known", "allow"]["events"] == 1
     mails_tally = tallies["mails", "throttle"]
     assert (mails_tally["events"], mails_tally["waiting"], mails_tally["denied"]) == (10, 4, 2)
     assert mails_tally["longest_wait_seconds"] == 60
     shown = command.run(world.environment, "policy", "test", str(candidate))
-    assert "14 rows: 12 stricter, 0 looser than no policy; 1 could never be published" in shown.out
+    assert "15 rows: 13 stricter, 0 looser than no policy; 1 could never be published" in shown.out
     assert "mails: 4 would wait, 60 s at most; 2 would be denied" in shown.out
     # beside one in force
     start_relay(CDC_OUTBOX_RELAY__ON_POISON="dead-letter")
@@ -43,6 +45,23 @@ def test_a_policy_is_tried_on_the_rows_of_the_outbox(governed: World, tmp_path: 
     assert "12 events are treated looser than now" in opened.error
     same = command.run(world.environment, "policy", "test", str(tmp_path / "strict.toml"), "--fail-on", "looser")
     assert (same.exit_code, "0 stricter, 0 looser than the policy in force" in same.out) == (0, True)
+
+
+def test_a_trial_sees_what_the_log_has(world: World, tmp_path: Path) -> None:
+    """A char(n) is padded there, and a rule for the bare text does not match."""
+    world.db.execute(
+        "CREATE TABLE events (key text, id int, what char(10), body json);"
+        "INSERT INTO events VALUES ('k', 1, 'refund', '{}')"
+    )
+    world.settings |= {
+        "CDC_OUTBOX_OUTBOX__TABLE": "events",
+        "CDC_OUTBOX_OUTBOX__COLUMNS": '{"aggregate_id": "key", "event_type": "what", "payload": "body"}',
+        "CDC_OUTBOX_KAFKA__TOPIC": "events",
+    }
+    file = tmp_path / "policy.toml"
+    file.write_text('version = 1\n[[rule]]\nid = "r"\nwhen = { event_type = "refund" }\nverdict = "allow"\n')
+    tried = json.loads(command.run(world.environment, "policy", "test", str(file), "--json").out)
+    assert [tally["rule"] for tally in tried["rules"]] == [""]
 
 
 @pytest.mark.parametrize("kind", ["bytea", "text", "jsonb"])

@@ -94,17 +94,18 @@ def test_somebody_else_s_publication_of_all_tables_stops_nobody(old_and_new_worl
     world.insert("no topic")
     run_until_confirmed(world)
     run_until_confirmed(world)
-    for arguments in (
+    verbs: list[tuple[str, ...]] = [
         ("dead-letters", "list"),
         ("dead-letters", "show", "1"),
-        ("dead-letters", "redrive", "1", "--topic", f"outbox.{aggregate_type}"),
+        ("dead-letters", "redrive", "1", "--topic", f"outbox.{aggregate_type}", "--no-wait"),
         ("status",),
         ("status", "--stuck", "0s"),
         ("migrate", "status"),
         ("migrate", "sql"),
         ("migrate", "up"),
         ("config", "show"),
-    ):
+    ]
+    for arguments in verbs:
         run = command.run(world.environment, *arguments)
         assert (arguments, run.exit_code, run.err) == (arguments, 0, "")
     run_until_confirmed(world)

@@ -168,6 +168,8 @@ def test_bytes_that_are_no_text(source: bytes) -> None:
 def test_a_policy_that_is_too_long_or_too_deep() -> None:
     with pytest.raises(PolicyError, match=r"it has 262,145 bytes; a policy has at most 262,144"):
         read_policy(b"#" * (MAX_BYTES + 1))
+    with pytest.raises(PolicyError, match="a number that is too long"):
+        read_policy(b"version = 1" + b"0" * 5000)
     with pytest.raises(PolicyError, match="nested too deeply"):
         read_policy(b"version = 1\nx = " + b"[" * 100_000)
 

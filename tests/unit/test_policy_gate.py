@@ -237,3 +237,13 @@ def test_whatever_a_payload_holds_a_ruling_comes(payload: bytes | None) -> None:
     if not ruling.is_error and ruling.rule:
         document = orjson.loads(payload or b"")
         assert document["a"] > 5
+
+
+def test_a_rule_in_mode_watch_changes_nothing_that_is_said_by_types() -> None:
+    watching = rule("payload_bytes = { gt = 1 }", 'mode = "watch"', "deny")
+    policy = gates(f'{watching}[[rule]]\nid = "all"\nverdict = "deny"\n')
+    ruling = policy.by_types((b"order", b"a.b"))
+    assert ruling is not None
+    assert (ruling.rule, ruling.is_allowed) == ("all", False)
+    assert judge(policy) == ruling
+    assert policy.watched == {"r": 2}

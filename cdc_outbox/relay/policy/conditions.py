@@ -201,7 +201,7 @@ def _check_constant(operator: str, constant: Any, field: str) -> None:
     if not isinstance(constant, _Scalar) or (isinstance(constant, float) and not isfinite(constant)):
         raise ValueError(f"{field} is compared with {constant!r}: write text, a number, true or false")
     if isinstance(constant, int) and not -(2**63) <= constant < 2**63:
-        raise ValueError(f"{field} is compared with {constant!r}: an integer has at most 64 bits; write {constant:.1e}")
+        raise ValueError(f"{field} is compared with an integer beyond 64 bits: write it as 1e20, for example")
     if isinstance(constant, bool) and operator in ("gt", "ge", "lt", "le"):
         raise ValueError(f"{operator} compares numbers or text, not {constant!r}")
 

@@ -190,6 +190,8 @@ def read_policy(source: bytes) -> Policy:
         raise PolicyError([_not_toml(str(error), text.count("\n") + 1)]) from None
     except RecursionError:
         raise PolicyError([Mistake(1, "", "it is nested too deeply")]) from None
+    except ValueError:  # an integer of thousands of digits
+        raise PolicyError([Mistake(1, "", "it has a number that is too long")]) from None
     return _Reader(text, table, hashlib.sha256(source).digest()).read()
 
 

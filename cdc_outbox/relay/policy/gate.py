@@ -95,11 +95,11 @@ class Gates(dict[Types, Gate | None]):
     def judge(self, types: Types, *event: Any) -> Ruling:
         """As the relay does; of what it allows, too, by which rule."""
         gate = self[types]
+        if gate is not None:
+            return gate(*event)
         ruling = self.by_types(types)
-        if ruling is not None:
-            return ruling
-        assert gate is not None
-        return gate(*event)
+        assert ruling is not None  # that they are all allowed
+        return ruling
 
     def _find(self, types: Types) -> tuple[Gate | None, Ruling | None]:
         values = dict(zip(STATIC_FIELDS, map(as_text, types), strict=True))
@@ -124,8 +124,8 @@ class Gates(dict[Types, Gate | None]):
         else:
             function.end(self._default)
         ruling = function.ruling
-        if ruling is None:
-            return function.compile(), None
+        if ruling is None or function.is_needed:
+            return function.compile(), ruling
         return (None if ruling.is_allowed else lambda *_: ruling), ruling
 
 
@@ -190,8 +190,16 @@ class _Function:
             "errors": errors,
         }
         self._lines: list[str] = []
-        #: set if all such events are ruled alike
+        #: whether what is said depends on the event; what is said where no rule does
+        self._depends = False
+        self._end = ""
+        #: what is said of all such events; None if it depends on the event
         self.ruling: Ruling | None = None
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is anything to ask, or to count."""
+        return bool(self._lines)
 
     def add(self, rule: Rule) -> bool:
         """Whether no later rule can be reached."""
@@ -210,6 +218,7 @@ class _Function:
         if plain:
             self._lines.append(f"if {' and '.join(plain)}:")
             indent = " "
+        self._depends |= not rule.is_watched
         if rule.is_watched:
             name = self._name(rule.id)
             take, give_up = f"watched[{name}] += 1", f"errors[{name}] += 1"
@@ -234,12 +243,12 @@ class _Function:
         return False
 
     def end(self, ruling: Ruling) -> None:
-        if not self._lines:
+        if not self._depends:
             self.ruling = ruling
-        self._lines.append(f"return {self._name(ruling)}")
+        self._end = f"return {self._name(ruling)}"
 
     def compile(self) -> Gate:
-        lines = [f"def gate({_ARGUMENTS}):", " document = None", *(f" {line}" for line in self._lines)]
+        lines = [f"def gate({_ARGUMENTS}):", " document = None", *(f" {line}" for line in self._lines), f" {self._end}"]
         exec("\n".join(lines), self._scope)  # noqa: S102 - no word of a policy or an event is in it
         gate: Gate = self._scope["gate"]
         return gate
