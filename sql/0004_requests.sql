@@ -1,6 +1,6 @@
 -- Why: an operator asks the running relay for something by a row in this table, and nothing else: cdc-outbox
--- dead-letters redrive, policy activate. The row comes to the relay through the log, in commit order with everything else, so the table
--- belongs to the publication. It names the slot: relays of other slots pass it over.
+-- dead-letters redrive, policy activate. The row comes to the relay through the log, in commit order with everything
+-- else, so the table belongs to the publication. It names the slot: relays of other slots pass it over.
 --
 -- A request's row carries all that is needed to act on it. While its COMMIT waits for a synchronous standby it has come
 -- through the log already, and no other session sees what else its transaction wrote, or can change a row that it has

@@ -17,7 +17,7 @@ from cdc_outbox.postgres.connection import MIGRATE_HINT, READER, Connection, enc
 #: More rows than this nobody reads; the count says how many there are.
 _MOST_STUCK_SHOWN: Final = 100
 #: Of a column of ``event``: text that may be none, see `encodings`.
-AS_STORED: Final = sql.SQL("convert_to(event.{}::text, getdatabaseencoding()::name)")
+_AS_STORED: Final = sql.SQL("convert_to(event.{}::text, getdatabaseencoding()::name)")
 #: The outbox is not what it was when the view was made.
 _VIEW_HINTS: Final = dict.fromkeys(("42P01", "42703", "42P13", "42804"), MIGRATE_HINT)
 #: date, timestamp, timestamptz (pg_type.dat): of another type, created_at may count anything from anywhere
@@ -107,7 +107,7 @@ def stuck_rows(
                 patience=sql.SQL("{}::interval").format(patience),
                 most=_MOST_STUCK_SHOWN,
                 id=names["id"],
-                **{f"shown_{field}": AS_STORED.format(names[field]) for field in ("id", "aggregate_id", "event_type")},
+                **{f"shown_{field}": _AS_STORED.format(names[field]) for field in ("id", "aggregate_id", "event_type")},
             )
         ).fetchall()
     encoding = encoding_of(connection)

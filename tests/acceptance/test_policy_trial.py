@@ -10,6 +10,12 @@ from support import command
 from support.policies import STRICT, activate
 from support.world import World
 
+EVENTS_TABLE = {
+    "CDC_OUTBOX_OUTBOX__TABLE": "events",
+    "CDC_OUTBOX_OUTBOX__COLUMNS": '{"aggregate_id": "key", "event_type": "what", "payload": "body"}',
+    "CDC_OUTBOX_KAFKA__TOPIC": "events",
+}
+
 
 def test_a_policy_is_tried_on_the_rows_of_the_outbox(governed: World, tmp_path: Path, start_relay: StartRelay) -> None:
     world = governed
@@ -53,11 +59,7 @@ def test_a_trial_sees_what_the_log_has(world: World, tmp_path: Path) -> None:
         "CREATE TABLE events (key text, id int, what char(10), body json);"
         "INSERT INTO events VALUES ('k', 1, 'refund', '{}')"
     )
-    world.settings |= {
-        "CDC_OUTBOX_OUTBOX__TABLE": "events",
-        "CDC_OUTBOX_OUTBOX__COLUMNS": '{"aggregate_id": "key", "event_type": "what", "payload": "body"}',
-        "CDC_OUTBOX_KAFKA__TOPIC": "events",
-    }
+    world.settings |= EVENTS_TABLE
     file = tmp_path / "policy.toml"
     file.write_text('version = 1\n[[rule]]\nid = "r"\nwhen = { event_type = "refund" }\nverdict = "allow"\n')
     tried = json.loads(command.run(world.environment, "policy", "test", str(file), "--json").out)
@@ -71,11 +73,7 @@ def test_a_trial_judges_every_kind_of_payload(world: World, tmp_path: Path, kind
         f"CREATE TABLE events (key text, id int, what text, body {kind});"
         """INSERT INTO events VALUES ('k', 1, 'refund', '{"amount": 501}'), ('k', 2, NULL, '{"amount": 1}')"""
     )
-    world.settings |= {
-        "CDC_OUTBOX_OUTBOX__TABLE": "events",
-        "CDC_OUTBOX_OUTBOX__COLUMNS": '{"aggregate_id": "key", "event_type": "what", "payload": "body"}',
-        "CDC_OUTBOX_KAFKA__TOPIC": "events",
-    }
+    world.settings |= EVENTS_TABLE
     file = tmp_path / "policy.toml"
     file.write_text('version = 1\n[[rule]]\nid = "r"\nwhen = { "payload.amount" = { gt = 500 } }\nverdict = "allow"\n')
     tried = json.loads(command.run(world.environment, "policy", "test", str(file), "--json").out)

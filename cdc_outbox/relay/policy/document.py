@@ -67,10 +67,9 @@ def _conditions(table: Any) -> tuple[Condition, ...]:
 
 
 _Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")]
-_Words = Annotated[
-    tuple[_Word, ...], Field(min_length=1), BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)
-]
-_Names = Annotated[tuple[str, ...], BeforeValidator(lambda x: tuple(x) if isinstance(x, list) else x)]
+_FromList = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
+_Words = Annotated[tuple[_Word, ...], Field(min_length=1), _FromList]
+_Names = Annotated[tuple[str, ...], _FromList]
 _Duration = Annotated[int, BeforeValidator(_duration)]
 
 
