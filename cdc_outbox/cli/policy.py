@@ -24,13 +24,15 @@ from cdc_outbox.operations.policy_trial import Trial, find_event, try_on_rows
 from cdc_outbox.operations.requests import await_outcome
 from cdc_outbox.postgres.connection import Connection, connect
 from cdc_outbox.relay.policy.conditions import ORIGINS
-from cdc_outbox.relay.policy.document import read_policy
+from cdc_outbox.relay.policy.document import Policy, read_policy
 from cdc_outbox.relay.policy.explain import Explanation, explain
 from cdc_outbox.service import logs
 
 _file = click.argument("file", type=click.Path(path_type=Path))
 _as_json = click.option("--json", "as_json", is_flag=True, help="One JSON document.")
 _UNCHANGED: Final = "what was in force before stays so; see: cdc-outbox policy log"
+#: In the place of a file's name.
+_IN_FORCE: Final = Path("the policy in force")
 _SAMPLES: Final = "the table shows rules and an event of each; --json more"
 _HINT: Final = "each mistake stands above, with its line"
 
@@ -100,10 +102,7 @@ def test_(settings: Settings, *, file: Path, fail_on: str | None, as_json: bool)
     What is throttled is simulated on commit times. Reads the outbox: needs a role with SELECT on it, which the relay's
     own does not have.
     """
-    source = policy.read_source(file)
-    checked = policy.check(file, source)
-    _say(checked)
-    _refuse_mistakes(checked, hint=_HINT)
+    candidate = _read(file, policy.read_source(file))
     console = Console(stderr=True)
     with (
         _connect(settings) as connection,
@@ -114,8 +113,8 @@ def test_(settings: Settings, *, file: Path, fail_on: str | None, as_json: bool)
         trial = try_on_rows(
             connection,
             settings.config,
-            read_policy(source),
-            read_policy((active.source or "").encode()) if active else None,
+            candidate,
+            _read(_IN_FORCE, (active.source or "").encode()) if active else None,
             lambda rows: bar.update(task, completed=rows, description=f"judging rows: {rows:,}"),
         )
     if as_json:
@@ -163,10 +162,7 @@ def explain_(settings: Settings, *, event_id: str, file: Path | None, origin: st
     if file is None and found is None:
         raise ConfigurationError("no policy is in force", hint="name one with --file")
     source = policy.read_source(file) if file else (found.source or "").encode() if found else b""
-    checked = policy.check(file or Path("the policy in force"), source)
-    _say(checked)
-    _refuse_mistakes(checked, hint=_HINT)
-    read = read_policy(source)
+    read = _read(file or _IN_FORCE, source)
     told = list(explain(read, replace(event, origin=origin)))
     if as_json:
         click.echo(
@@ -229,6 +225,14 @@ def _table(activations: list[Activation]) -> Table:
         shown = (f"{each.at:%m-%d %H:%M:%S}", each.state, (each.sha256 or "")[:12], each.principal, said)
         table.add_row(*(Text(printable(cell)) for cell in shown))
     return table
+
+
+def _read(file: Path, source: bytes) -> Policy:
+    """Raises CheckFailed, after it has said what is wrong."""
+    checked = policy.check(file, source)
+    _say(checked)
+    _refuse_mistakes(checked, hint=_HINT)
+    return read_policy(source)
 
 
 def _say(checked: Checked) -> None:
